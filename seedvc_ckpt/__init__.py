@@ -1,0 +1,1 @@
+"""Checkpoints for PyTorch training: atomic, verified, resumable, exportable."""
