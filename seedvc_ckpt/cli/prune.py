@@ -1,0 +1,96 @@
+"""``seedvc-ckpt prune``."""
+
+from __future__ import annotations
+
+import re
+from datetime import timedelta
+
+import click
+
+from seedvc_ckpt.cli.output import as_json, columns, info_fields, json_option, readable_size
+from seedvc_ckpt.cli.target import pattern_option, run_at
+from seedvc_ckpt.naming import NamePattern
+from seedvc_ckpt.retention import Rule, keep_best, keep_every, keep_last, keep_within
+
+__all__ = ["command"]
+
+_AGE = re.compile(r"(\d+)([smhdw])")
+_UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
+
+
+@click.command("prune", epilog="Example: seedvc-ckpt prune runs/my_run --keep-last 3 --keep-best loss:2 --dry-run")
+@click.argument("run")
+@pattern_option
+@click.option("--keep-last", type=click.IntRange(min=1), metavar="N", help="Keep the N newest.")
+@click.option("--keep-every", type=click.IntRange(min=1), metavar="STEPS", help="Keep multiples of STEPS.")
+@click.option("--keep-within", metavar="AGE", help="Keep what is at most AGE older than the newest: 90m, 12h, 7d.")
+@click.option("--keep-best", metavar="METRIC[:N[:max]]", help="Keep the N with the smallest (largest) METRIC.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and delete nothing.")
+@json_option
+def command(
+    run: str,
+    pattern: NamePattern,
+    keep_last: int | None,
+    keep_every: int | None,
+    keep_within: str | None,
+    keep_best: str | None,
+    dry_run: bool,  # noqa: FBT001
+    as_json_: bool,  # noqa: FBT001
+) -> None:
+    """Delete the checkpoints of a RUN that no rule keeps, and say why each other one stays.
+
+    A checkpoint stays if any of the rules keeps it. The newest and the pinned ones always stay.
+    """
+    rules = _rules(keep_last, keep_every, keep_within, keep_best)
+    if not rules:
+        raise click.UsageError("give at least one rule, such as --keep-last 3; without one nothing would be deleted")
+    store = run_at(run, pattern=pattern, retention=rules)
+    before = store.list()
+    plan = store.prune(dry_run=dry_run)
+    left = {info.name for info in store.list()}
+    if as_json_:
+        kept = [{**info_fields(info), "reasons": reasons} for info, reasons in plan.keep.items()]
+        removed = [info_fields(info) for info in plan.remove]
+        as_json({"dry_run": dry_run, "keep": kept, "remove": removed})
+        return
+    verb = "would go" if dry_run else "removed"
+    rows = []
+    for info in before:
+        why = ", ".join(plan.keep.get(info, ())) or (verb if dry_run or info.name not in left else "NOT REMOVED")
+        rows.append((str(info.step), readable_size(info.size), "keep" if info in plan.keep else "-", why))
+    if not rows:
+        click.echo(f"no checkpoints named like {pattern.template} in {store.location}")
+        return
+    columns(rows, ["step", "size", "", "why"], "step size")
+    freed = readable_size(sum(info.size for info in plan.remove))
+    click.echo(f"{len(plan.keep)} kept, {len(plan.remove)} {verb} ({freed})")
+
+
+def _rules(last: int | None, every: int | None, within: str | None, best: str | None) -> list[Rule]:
+    rules: list[Rule] = []
+    if last:
+        rules.append(keep_last(last))
+    if every:
+        rules.append(keep_every(every))
+    if within:
+        rules.append(keep_within(_age(within)))
+    if best:
+        rules.append(_best(best))
+    return rules
+
+
+def _age(text: str) -> timedelta:
+    match = _AGE.fullmatch(text)
+    if match is None:
+        raise click.BadParameter(f"{text!r} is no age: write 90m, 12h, 7d or 2w", param_hint="--keep-within")
+    return timedelta(**{_UNITS[match[2]]: int(match[1])})
+
+
+def _best(text: str) -> Rule:
+    metric, *rest = text.split(":")
+    mode = "min"
+    if rest and rest[-1] in ("min", "max"):
+        mode = rest.pop()
+    if not metric or len(rest) > 1 or (rest and not rest[0].isdecimal()) or (rest and int(rest[0]) < 1):
+        raise click.BadParameter(f"{text!r}: write loss, loss:2 or score:2:max", param_hint="--keep-best")
+    return keep_best(metric, int(rest[0]) if rest else 1, "max" if mode == "max" else "min")

@@ -1,0 +1,118 @@
+"""One checkpoint file: what it says of itself, what it holds, whether it is intact."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from seedvc_ckpt.checkpoint import Manifest
+from seedvc_ckpt.errors import CorruptCheckpointError
+from seedvc_ckpt.format import contents
+from seedvc_ckpt.format.archive import Archive
+from seedvc_ckpt.format.contents import TensorRef
+from seedvc_ckpt.format.unpickle import list_globals
+from seedvc_ckpt.storage import Storage, open_parent
+
+if TYPE_CHECKING:
+    import torch
+
+    from seedvc_ckpt.naming import NamePattern
+
+__all__ = ["CheckpointFile", "Inspection"]
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a checkpoint holds; no tensor data was read for it.
+
+    Attributes:
+        name: The file.
+        size: Its bytes.
+        manifest: What it says of itself; None in files of others.
+        tree: The state with a `TensorRef` (dtype, shape, stride, nbytes) in place of each tensor.
+        tensors: Each tensor by its path, such as ``net['cfm']['estimator.input_pos']``.
+    """
+
+    name: str
+    size: int
+    manifest: Manifest | None
+    tree: Any
+    tensors: dict[str, TensorRef]
+
+    @property
+    def keys(self) -> list[str]:
+        """The state's top-level keys."""
+        return list(map(str, self.tree)) if isinstance(self.tree, dict) else []
+
+
+class CheckpointFile:
+    """A file in a storage. With a pattern, a manifest that contradicts the file's name counts as damage."""
+
+    def __init__(self, storage: Storage, name: str, pattern: NamePattern | None = None) -> None:
+        self.storage = storage
+        self.name = name
+        self.pattern = pattern
+
+    @classmethod
+    def at(cls, location: str | os.PathLike[str]) -> CheckpointFile:
+        """The file at a path or URL."""
+        return cls(*open_parent(location))
+
+    @contextmanager
+    def opened(self) -> Iterator[Archive]:
+        """The file's directory, checked."""
+        with self.storage.open(self.name) as blob:
+            yield Archive.open(blob)
+
+    def manifest(self) -> Manifest | None:
+        """What the file says of itself; None in files of others."""
+        with self.opened() as archive:
+            return self._manifest(archive)
+
+    def inspect(self) -> Inspection:
+        """What it holds, without reading tensor data."""
+        with self.opened() as archive:
+            tree = contents.read_tree(archive)
+            tensors = {
+                contents.path_text(path): leaf for path, leaf in contents.walk(tree) if isinstance(leaf, TensorRef)
+            }
+            return Inspection(archive.source.name, archive.source.size, self._manifest(archive), tree, tensors)
+
+    def globals(self) -> list[str]:
+        """The names that the file's pickle asks for, without loading it."""
+        with self.opened() as archive:
+            return list_globals(archive.pickle())
+
+    def verify(self, progress: Callable[[int], None] = lambda _: None) -> None:
+        """Check every byte; `progress` is called with the number of bytes done since the last call.
+
+        Raises:
+            CorruptCheckpointError: naming the record, and the tensor in it, that is damaged.
+            UnsafeCheckpointError: if it holds more than plain data and tensors.
+        """
+        with self.opened() as archive:
+            self._manifest(archive)
+            archive.verify(contents.storage_names(contents.read_tree(archive)), progress)
+
+    def load(self, *, map_location: str | torch.device = "cpu", mmap: bool = False, verify: bool = True) -> Any:
+        """The state; see `CheckpointStore.load`."""
+        from seedvc_ckpt.format import torchzip  # torch takes more than a second to import
+
+        with self.opened() as archive:
+            self._manifest(archive)
+            return torchzip.decode(archive, map_location=map_location, verify=verify, mmap=mmap)
+
+    def _manifest(self, archive: Archive) -> Manifest | None:
+        manifest = archive.manifest()
+        if not (manifest and self.pattern):
+            return manifest
+        if manifest.step is None or self.pattern.format(manifest.step, manifest.epoch) != self.name:
+            raise CorruptCheckpointError(
+                archive.source.name,
+                "the manifest",
+                f"says step {manifest.step}, epoch {manifest.epoch}: the file was renamed, or swapped with another",
+            )
+        return manifest

@@ -1,0 +1,284 @@
+"""A torch zip file, read with suspicion: its directory, its records, their checksums. Needs no torch."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+
+from seedvc_ckpt.checkpoint import Manifest
+from seedvc_ckpt.errors import CorruptCheckpointError, UnsafeCheckpointError
+from seedvc_ckpt.format import Source
+from seedvc_ckpt.format import zipbytes as zb
+from seedvc_ckpt.format.zipbytes import Record
+
+__all__ = ["MANIFEST", "PICKLE", "ROOT", "Archive", "read"]
+
+ROOT = "archive"
+PICKLE = "data.pkl"
+MANIFEST = "seedvc_ckpt.json"
+
+_MAX_RECORDS = 1 << 18
+_MAX_PICKLE = 64 << 20
+_MAX_MANIFEST = 1 << 20
+_TAIL = 64 << 10
+_CHUNK = 4 << 20
+_KNOWN_FLAGS = 0x0808  # sizes after the data, names in UTF-8: what torch itself sets
+_DESCRIPTOR_FLAG = 0x0008
+_LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"
+
+
+@dataclass(frozen=True)
+class Archive:
+    """The directory of a torch zip file, checked before anything in it is used.
+
+    Attributes:
+        source: Where the bytes are.
+        root: The folder inside the archive that holds every record.
+        records: The records by their names below the root, in the directory's order.
+        directory_offset: Where the central directory begins.
+    """
+
+    source: Source
+    root: str
+    records: Mapping[str, Record]
+    directory_offset: int
+    _limits: Mapping[int, int]
+
+    @classmethod
+    def open(cls, source: Source) -> Archive:
+        """Read and check the directory.
+
+        Raises:
+            CorruptCheckpointError: if the file is cut, overlaps itself, or is not laid out as torch does it.
+            UnsafeCheckpointError: if it is in torch's format of before 1.6, which can't be read safely.
+        """
+        offset, size, count, tail = _find_directory(source)
+        directory = tail if len(tail) == size else read(source, offset, size)
+        entries = list(_entries(source.name, directory, count))
+        names = [record.name for record in entries]
+        root = names[0].partition("/")[0]
+        records = {name[len(root) + 1 :]: record for name, record in zip(names, entries, strict=True)}
+        if len(records) < len(names) or any(not name.startswith(root + "/") for name in names):
+            raise _corrupt(source, "the zip directory", "has two records of one name, or more than one folder")
+        order = sorted(record.header_offset for record in entries)
+        limits = dict(pairwise([*order, offset]))
+        overlapping = any(r.header_offset + zb.LOCAL.size + r.size > limits[r.header_offset] for r in entries)
+        if overlapping or len(limits) < len(order) or PICKLE not in records:
+            raise _corrupt(source, "the zip directory", f"has overlapping records, or none named {PICKLE}")
+        return cls(source, root, records, offset, limits)
+
+    @property
+    def ours(self) -> bool:
+        """Whether this library wrote the file."""
+        return MANIFEST in self.records
+
+    def manifest(self) -> Manifest | None:
+        """What the file says of itself; None in files of others."""
+        if not self.ours:
+            return None
+        return Manifest.from_json(self.content(MANIFEST, _MAX_MANIFEST), self.source.name)
+
+    def pickle(self) -> bytes:
+        """The pickle that describes the state."""
+        return self.content(PICKLE, _MAX_PICKLE)
+
+    def content(self, name: str, limit: int) -> bytes:
+        """The bytes of a small record, checked against their CRC-32."""
+        record = self.records[name]
+        if record.size > limit:
+            raise _corrupt(self.source, name, f"is {record.size:,} bytes, more than the {limit:,} it may have")
+        buffer = bytearray(record.size)
+        self.fill(name, memoryview(buffer))
+        return bytes(buffer)
+
+    def fill(self, name: str, buffer: memoryview, *, verify: bool = True, holds: str = "") -> None:
+        """Read a whole record into `buffer`, which has its size.
+
+        Raises:
+            CorruptCheckpointError: if the bytes don't match the record's CRC-32; `holds` tells what is lost.
+        """
+        self.source.read_into(self.data_offset(name), buffer)
+        if verify:
+            self.check(name, buffer, holds)
+
+    def check(self, name: str, content: memoryview, holds: str = "") -> None:
+        """Compare a record's contents with its CRC-32."""
+        if zlib.crc32(content) != self.records[name].crc:
+            raise _crc_error(self.source, name, holds)
+
+    def data_offset(self, name: str) -> int:
+        """Where a record's contents begin; checks its local header against the directory."""
+        record = self.records[name]
+        header = read(self.source, record.header_offset, zb.LOCAL.size)
+        signature, _, flags, method, _, _, crc, packed, size, name_size, extra_size = zb.LOCAL.unpack(header)
+        start: int = record.header_offset + zb.LOCAL.size + name_size + extra_size
+        if signature != zb.LOCAL_SIGNATURE or start + record.size > self._limits[record.header_offset]:
+            raise _corrupt(self.source, name, "its header is damaged, or it overlaps what follows")
+        found = read(self.source, record.header_offset + zb.LOCAL.size, name_size)
+        later = bool(flags & _DESCRIPTOR_FLAG)
+        sizes = {record.size, 0xFFFFFFFF} | ({0} if later else set())
+        same_crc = crc == record.crc or (later and crc == 0)
+        if found != record.name.encode() or method or not same_crc or not {packed, size} <= sizes:
+            raise _corrupt(self.source, name, "its header contradicts the zip directory")
+        return start
+
+    def verify(
+        self,
+        holds: Callable[[str], str] = lambda _: "",
+        progress: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        """Check every record's contents against its CRC-32 and, in files of this library, every other byte too.
+
+        Args:
+            holds: What a record holds, for the error message.
+            progress: Called with the number of bytes checked since the last call.
+
+        Raises:
+            CorruptCheckpointError: naming the first damaged record.
+        """
+        self.check_layout()
+        for name in self.records:
+            self.verify_record(name, holds, progress)
+
+    def verify_record(
+        self,
+        name: str,
+        holds: Callable[[str], str] = lambda _: "",
+        progress: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        """Check one record's contents against its CRC-32, in bounded memory."""
+        record, start, crc = self.records[name], self.data_offset(name), 0
+        buffer = memoryview(bytearray(min(_CHUNK, record.size)))
+        for done in range(0, record.size, _CHUNK):
+            part = buffer[: record.size - done]
+            self.source.read_into(start + done, part)
+            crc = zlib.crc32(part, crc)
+            progress(len(part))
+        if crc != record.crc:
+            raise _crc_error(self.source, name, holds(name))
+
+    def check_layout(self) -> None:
+        """Compare every byte outside the records' contents with what this library writes there.
+
+        Files of others are laid out in many ways: of theirs only the headers are compared with the directory,
+        when a record is read.
+        """
+        if not self.ours:
+            return
+        offset = 0
+        for name, record in self.records.items():
+            size = zb.local_header_size(record.name, record.size, offset)
+            if record.header_offset != offset or read(self.source, offset, size) != zb.local_header(record):
+                raise _corrupt(self.source, name, "its header is not the one that was written")
+            offset += size + record.size
+        expected = zb.directory_bytes(list(self.records.values()), offset)
+        if offset + len(expected) != self.source.size or read(self.source, offset, len(expected)) != expected:
+            raise _corrupt(self.source, "the zip directory", "is not the one that was written")
+
+
+def read(source: Source, offset: int, size: int) -> bytes:
+    """`size` bytes of `source` from `offset`."""
+    buffer = bytearray(size)
+    source.read_into(offset, memoryview(buffer))
+    return bytes(buffer)
+
+
+def _corrupt(source: Source, record: str, reason: str) -> CorruptCheckpointError:
+    return CorruptCheckpointError(source.name, record, reason)
+
+
+def _crc_error(source: Source, name: str, holds: str) -> CorruptCheckpointError:
+    return _corrupt(source, f"{name} ({holds})" if holds else name, "its bytes don't match their CRC-32")
+
+
+def _find_directory(source: Source) -> tuple[int, int, int, bytes]:
+    """(offset, size, number of entries) of the central directory, and its bytes where they were at hand."""
+    if source.size < zb.END.size:
+        raise _corrupt(source, "", f"only {source.size} bytes: not a checkpoint, or one cut short")
+    tail = read(source, max(0, source.size - _TAIL), min(_TAIL, source.size))
+    fields = zb.END.unpack_from(tail, len(tail) - zb.END.size)
+    signature, disk, start_disk, here, count, size, offset, comment = fields
+    if signature != zb.END_SIGNATURE or disk or start_disk or here != count or comment:
+        raise _no_directory(source)
+    end = source.size - zb.END.size
+    if tail[: -zb.END.size][-zb.ZIP64_LOCATOR.size :].startswith(zb.ZIP64_LOCATOR_SIGNATURE):
+        # torch writes the zip64 records whether the numbers need them or not
+        offset, size, count, end = _zip64_end(source, end)
+    if offset + size != end or not 0 < count <= _MAX_RECORDS:
+        raise _corrupt(source, "the zip directory", f"{count} records, {size} bytes at {offset}: does not fit the file")
+    at = offset - (source.size - len(tail))
+    return offset, size, count, tail[at : at + size] if at >= 0 else b""
+
+
+def _zip64_end(source: Source, end: int) -> tuple[int, int, int, int]:
+    locator_at = end - zb.ZIP64_LOCATOR.size
+    at = locator_at - zb.ZIP64_END.size
+    if at < 0:
+        raise _no_directory(source)
+    found = read(source, at, zb.ZIP64_END.size + zb.ZIP64_LOCATOR.size)
+    fields = zb.ZIP64_END.unpack_from(found)
+    locator = zb.ZIP64_LOCATOR.unpack_from(found, zb.ZIP64_END.size)
+    signature, _, _, _, _, _, here, count, size, offset = fields
+    expected = (zb.ZIP64_LOCATOR_SIGNATURE, 0, at, 1)
+    if signature != zb.ZIP64_END_SIGNATURE or here != count or locator != expected:
+        raise _no_directory(source)
+    return offset, size, count, at
+
+
+def _no_directory(source: Source) -> CorruptCheckpointError | UnsafeCheckpointError:
+    head = read(source, 0, min(source.size, 512))
+    if head.startswith(_LEGACY_MAGIC) or head[257:262] == b"ustar":
+        return UnsafeCheckpointError(
+            f"{source.name} is in torch's format of before 1.6, which can't be read without risk: open it once with "
+            "the program that wrote it and save it again with a torch of 1.6 or newer"
+        )
+    kind = "a zip file cut short or followed by other bytes" if head.startswith(b"PK") else "not a torch zip file"
+    return _corrupt(source, "", f"no zip directory at its end: {kind}")
+
+
+def _entries(file: str, directory: bytes, count: int) -> Iterator[Record]:
+    at = 0
+    for number in range(count):
+        try:
+            record, at = _entry(directory, at)
+        except (struct.error, UnicodeDecodeError, ValueError) as error:
+            reason = f"entry {number} can't be used: {error}"
+            raise CorruptCheckpointError(file, "the zip directory", reason) from None
+        yield record
+    if at != len(directory):
+        raise CorruptCheckpointError(file, "the zip directory", f"holds more than its {count} entries")
+
+
+def _entry(directory: bytes, at: int) -> tuple[Record, int]:
+    fields = zb.CENTRAL.unpack_from(directory, at)
+    signature, _, _, flags, method, _, _, crc, packed, size, name_size, extra_size, comment, disk = fields[:14]
+    offset = fields[16]
+    end = at + zb.CENTRAL.size + name_size + extra_size
+    if signature != zb.CENTRAL_SIGNATURE or end > len(directory):
+        raise ValueError("no entry there")
+    extra = directory[end - extra_size : end]
+    size, packed, offset = _zip64_numbers(extra, [size, packed, offset])
+    name = directory[at + zb.CENTRAL.size : end - extra_size].decode()
+    if method or packed != size or flags & ~_KNOWN_FLAGS or comment or disk:
+        raise ValueError(f"{name!r} is compressed, encrypted or split, which torch never does")
+    parts = name.split("/")
+    if len(parts) < 2 or not all(parts) or {".", ".."} & set(parts) or "\\" in name or "\0" in name:
+        raise ValueError(f"{name!r} is not a record's name")
+    return Record(name, size, crc, offset), end
+
+
+def _zip64_numbers(extra: bytes, numbers: list[int]) -> list[int]:
+    """`numbers` with those that did not fit into 32 bits taken from the zip64 field."""
+    if 0xFFFFFFFF not in numbers:
+        return numbers
+    at = 0
+    while at < len(extra):
+        kind, size = struct.unpack_from("<2H", extra, at)
+        if kind == zb.ZIP64_EXTRA:
+            large = iter(struct.unpack_from(f"<{size // 8}Q", extra, at + 4))
+            return [next(large, number) if number == 0xFFFFFFFF else number for number in numbers]
+        at += 4 + size
+    return numbers

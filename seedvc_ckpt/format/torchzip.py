@@ -1,0 +1,267 @@
+"""States of tensors to the bytes of a torch zip file, and back."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import zlib
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from seedvc_ckpt.checkpoint import Manifest
+from seedvc_ckpt.errors import UnsafeCheckpointError
+from seedvc_ckpt.format import contents
+from seedvc_ckpt.format import zipbytes as zb
+from seedvc_ckpt.format.archive import MANIFEST, PICKLE, ROOT, Archive
+from seedvc_ckpt.format.contents import CONTAINERS, Path, TensorRef, children, path_text
+from seedvc_ckpt.format.records import RecordSource, collect_tensors, lay_out, memory_of, new_storage
+from seedvc_ckpt.format.unpickle import STORAGE_TYPES, Storage, unpickle
+from seedvc_ckpt.format.zipbytes import Record
+
+__all__ = ["Encoded", "decode", "encode", "encode_tree"]
+
+_PROTOCOL = 2  # the newest that torch's weights_only reader knows
+
+
+class Encoded:
+    """A checkpoint file, ready to be written: iterating gives its bytes in order, once.
+
+    Attributes:
+        size: Bytes of the file.
+        manifest: The manifest inside.
+    """
+
+    def __init__(self, records: list[RecordSource], manifest: Manifest) -> None:
+        self.manifest = manifest
+        self._records = records
+        offset = 0
+        placed = []
+        for record in records:
+            name = f"{ROOT}/{record.name}"
+            placed.append(Record(name, record.nbytes, 0, offset))
+            offset += zb.local_header_size(name, record.nbytes, offset) + record.nbytes
+        self.size = offset + len(zb.directory_bytes(placed, offset))
+
+    def __iter__(self) -> Iterator[memoryview]:
+        offset = 0
+        written: list[Record] = []
+        for source in self._records:
+            content = source.read()
+            record = Record(f"{ROOT}/{source.name}", source.nbytes, zlib.crc32(content), offset)
+            header = zb.local_header(record)
+            yield memoryview(header)
+            yield content
+            offset += len(header) + len(content)
+            written.append(record)
+        yield memoryview(zb.directory_bytes(written, offset))
+
+
+def encode(state: Any, manifest: Manifest) -> Encoded:
+    """A state as a file. Tensors are read when the result is iterated, and must not change until then.
+
+    Raises:
+        UnsafeCheckpointError: for a state that could not be loaded again, naming the path to the part at fault.
+    """
+    refs, records = lay_out(collect_tensors(state))
+    manifest = manifest.model_copy(update={"torch": torch.__version__})
+    return _encoded(_checked_pickle(state, refs), len(refs), records, manifest)
+
+
+def encode_tree(tree: Any, records: list[RecordSource], manifest: Manifest) -> Encoded:
+    """A tree of plain values and `TensorRef` leaves as a file, its tensors' records given."""
+    tensors = sum(isinstance(leaf, TensorRef) for _, leaf in contents.walk(tree))
+    return _encoded(_checked_pickle(tree, {}), tensors, records, manifest)
+
+
+def decode(
+    archive: Archive, *, map_location: str | torch.device = "cpu", verify: bool = True, mmap: bool = False
+) -> Any:
+    """The state in a file.
+
+    Args:
+        archive: The open file.
+        map_location: Device of all tensors.
+        verify: Check every byte before any tensor is used.
+        mmap: Map the file instead of reading it, where the source can; changes to the tensors stay in memory.
+
+    Raises:
+        CorruptCheckpointError: if a byte is not as it was written.
+        UnsafeCheckpointError: if it holds more than plain data and tensors.
+    """
+    data, name = archive.pickle(), archive.source.name
+    tree = contents.read_tree(archive)
+    holds = contents.storage_names(tree)
+    storages = {leaf.storage.key: leaf.storage for _, leaf in contents.walk(tree) if isinstance(leaf, TensorRef)}
+    read = _mapped_reader(archive) if mmap else _copying_reader(archive)
+    if verify:
+        archive.check_layout()
+        for record in archive.records:
+            if record.removeprefix("data/") not in storages:
+                archive.verify_record(record)
+    device = torch.device(map_location)
+    loaded = {}
+    for key in storages:
+        storage = read(f"data/{key}", verify, holds(f"data/{key}"))
+        loaded[key] = storage if device.type == "cpu" else _moved(storage, device)
+    return unpickle(data, _TensorBuilder(loaded), name)
+
+
+class _TensorBuilder:
+    """Builds real tensors over loaded storages."""
+
+    def __init__(self, storages: Mapping[str, torch.UntypedStorage]) -> None:
+        self.storages = storages
+
+    def tensor(
+        self,
+        storage: Storage,
+        dtype: str,
+        offset: int,
+        shape: tuple[int, ...],
+        stride: tuple[int, ...],
+        *,
+        requires_grad: bool,
+    ) -> torch.Tensor:
+        memory = self.storages[storage.key]
+        tensor = torch.empty(0, dtype=getattr(torch, dtype), device=memory.device)
+        return tensor.set_(memory, offset, shape, stride).requires_grad_(requires_grad)
+
+    def parameter(self, tensor: Any, *, requires_grad: bool) -> torch.nn.Parameter:
+        return torch.nn.Parameter(tensor.detach(), requires_grad=requires_grad)
+
+    def value(self, kind: str, arguments: tuple[Any, ...]) -> Any:
+        if kind == "dtype":
+            return getattr(torch, arguments[0])
+        return {"device": torch.device, "Size": torch.Size}[kind](*arguments)
+
+
+class _Pickler(pickle.Pickler):
+    """Pickles a state with each tensor replaced by a reference to its record, as torch's own files have it."""
+
+    def __init__(self, file: io.BytesIO, refs: Mapping[int, TensorRef]) -> None:
+        super().__init__(file, protocol=_PROTOCOL)
+        self.refs = refs
+
+    def reducer_override(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return _rebuilding(self.refs[id(value)])
+        if isinstance(value, TensorRef):
+            return _rebuilding(value)
+        return NotImplemented
+
+    def persistent_id(self, value: Any) -> Any:
+        return value.identity if type(value) is _StorageId else None
+
+
+class _StorageId:
+    """Stands for a storage in a pickle, until `_Pickler.persistent_id` names it."""
+
+    __slots__ = ("identity",)
+
+    def __init__(self, storage: Storage, kind: type) -> None:
+        self.identity = ("storage", kind, storage.key, "cpu", storage.numel)
+
+
+def _rebuilding(ref: TensorRef) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """The call by which torch makes the tensor again: torch/_utils.py, the names its unpickler knows."""
+    if ref.parameter:
+        data = replace(ref, parameter=False, requires_grad=False)
+        return torch._utils._rebuild_parameter, (data, ref.requires_grad, OrderedDict())  # noqa: SLF001
+    typed = ref.dtype == ref.storage.dtype
+    kind = getattr(torch, STORAGE_TYPES[ref.dtype]) if typed else torch.storage.UntypedStorage
+    place: tuple[Any, ...] = (
+        _StorageId(ref.storage, kind),
+        ref.offset,
+        ref.shape,
+        ref.stride,
+        ref.requires_grad,
+        OrderedDict(),
+    )
+    if typed:
+        return torch._utils._rebuild_tensor_v2, place  # noqa: SLF001
+    return torch._utils._rebuild_tensor_v3, (*place, getattr(torch, ref.dtype))  # noqa: SLF001
+
+
+def _encoded(data: bytes, tensors: int, records: list[RecordSource], manifest: Manifest) -> Encoded:
+    manifest = manifest.model_copy(
+        update={"tensors": tensors, "tensor_bytes": sum(record.nbytes for record in records)}
+    )
+    # what a reader needs first stands at the end, next to the directory: one read fetches it all
+    small = {"version": b"3\n", "byteorder": b"little", PICKLE: data, MANIFEST: manifest.to_json()}
+    return Encoded([*records, *(_constant(name, content) for name, content in small.items())], manifest)
+
+
+def _constant(name: str, content: bytes) -> RecordSource:
+    return RecordSource(name, len(content), lambda: memoryview(content))
+
+
+def _checked_pickle(state: Any, refs: Mapping[int, TensorRef]) -> bytes:
+    """The pickle of a state, read back once with the eyes of a reader.
+
+    Raises:
+        UnsafeCheckpointError: naming the path to what can't be read back.
+    """
+    try:
+        return _pickle_and_read(state, refs)
+    except Exception as error:  # noqa: BLE001 - whatever a foreign object's own pickling raises
+        path, value = _culprit(state, refs)
+        reason = str(error) if isinstance(error, UnsafeCheckpointError) else f"{type(error).__name__}: {error}"
+        raise UnsafeCheckpointError(
+            f"{path_text(path)} ({type(value).__module__}.{type(value).__qualname__}) can't be saved, since it could "
+            f"not be loaded again: {reason.partition(': ')[2].partition('. Nothing')[0] or reason}. Convert it to "
+            "numbers, strings, lists, dicts or tensors"
+        ) from None
+
+
+def _pickle_and_read(state: Any, refs: Mapping[int, TensorRef]) -> bytes:
+    buffer = io.BytesIO()
+    _Pickler(buffer, refs).dump(state)
+    data = buffer.getvalue()
+    contents.parse(data, "the state")
+    return data
+
+
+def _culprit(value: Any, refs: Mapping[int, TensorRef], path: Path = ()) -> tuple[Path, Any]:
+    """The smallest part of `value` that can't be pickled and read back by itself."""
+    for key, child in children(value) if type(value) in CONTAINERS else ():
+        try:
+            _pickle_and_read(child, refs)
+        except Exception:  # noqa: BLE001 - the same failures as above, one level further down
+            return _culprit(child, refs, (*path, key))
+    return path, value
+
+
+def _copying_reader(archive: Archive) -> _Reader:
+    def read(name: str, verify: bool, holds: str) -> torch.UntypedStorage:  # noqa: FBT001
+        storage = new_storage(archive.records[name].size)
+        archive.fill(name, memory_of(storage), verify=verify, holds=holds)
+        return storage
+
+    return read
+
+
+def _mapped_reader(archive: Archive) -> _Reader:
+    mapped = archive.source.map()
+    if mapped is None:
+        return _copying_reader(archive)
+
+    def read(name: str, verify: bool, holds: str) -> torch.UntypedStorage:  # noqa: FBT001
+        start, size = archive.data_offset(name), archive.records[name].size
+        if verify:
+            archive.check(name, mapped[start : start + size], holds)
+        if not size:
+            return new_storage(0)
+        return torch.frombuffer(mapped, dtype=torch.uint8, offset=start, count=size).untyped_storage()
+
+    return read
+
+
+def _moved(storage: torch.UntypedStorage, device: torch.device) -> torch.UntypedStorage:
+    return torch.empty(0, dtype=torch.uint8).set_(storage).to(device).untyped_storage()
+
+
+_Reader = Callable[[str, bool, str], torch.UntypedStorage]

@@ -1,0 +1,135 @@
+"""Which checkpoints to keep, and why: pure functions of a listing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Literal
+
+from seedvc_ckpt.checkpoint import CheckpointInfo
+from seedvc_ckpt.errors import MissingMetricError
+
+__all__ = ["Metrics", "Plan", "Rule", "keep_best", "keep_every", "keep_last", "keep_within", "plan"]
+
+Metrics = Mapping[CheckpointInfo, Mapping[str, float]]
+"""The metrics of each checkpoint; looked up only by rules that need them."""
+
+Rule = Callable[[Sequence[CheckpointInfo], Metrics], Mapping[CheckpointInfo, str]]
+"""From a listing, ascending by (step, epoch), to the checkpoints to keep, each with the reason."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What pruning keeps and removes.
+
+    Attributes:
+        keep: The checkpoints that stay, each with all reasons why.
+        remove: The checkpoints that go, oldest first.
+    """
+
+    keep: Mapping[CheckpointInfo, tuple[str, ...]]
+    remove: tuple[CheckpointInfo, ...]
+
+
+def plan(infos: Iterable[CheckpointInfo], rules: Rule | Sequence[Rule] | None, metrics: Metrics | None = None) -> Plan:
+    """Join the rules: a checkpoint stays if any rule keeps it. Without rules all stay.
+
+    The newest and the pinned ones stay whatever the rules say.
+
+    Raises:
+        MissingMetricError: if a rule needs a metric that a checkpoint lacks.
+    """
+    listing = sorted(infos, key=lambda info: (info.step, info.epoch))
+    reasons: dict[CheckpointInfo, list[str]] = {info: [] for info in listing}
+    if listing:
+        reasons[listing[-1]].append("newest")
+    for info in listing:
+        if info.pinned:
+            reasons[info].append("pinned")
+    rules = [rules] if callable(rules) else rules
+    if not rules:
+        for kept in reasons.values():
+            kept.append("no rule given")
+    else:
+        for rule in rules:
+            for info, reason in rule(listing, metrics or {}).items():
+                reasons[info].append(reason)
+    return Plan(
+        keep={info: tuple(why) for info, why in reasons.items() if why},
+        remove=tuple(info for info, why in reasons.items() if not why),
+    )
+
+
+def keep_last(n: int) -> Rule:
+    """Keep the `n` newest checkpoints, n ≥ 1."""
+    _positive("keep_last", n)
+
+    def rule(infos: Sequence[CheckpointInfo], _metrics: Metrics) -> dict[CheckpointInfo, str]:
+        return dict.fromkeys(infos[-n:], f"one of the last {n}")
+
+    return rule
+
+
+def keep_every(steps: int) -> Rule:
+    """Keep each checkpoint whose step is a multiple of `steps`, steps ≥ 1."""
+    _positive("keep_every", steps)
+
+    def rule(infos: Sequence[CheckpointInfo], _metrics: Metrics) -> dict[CheckpointInfo, str]:
+        return {info: f"every {steps} steps" for info in infos if info.step % steps == 0}
+
+    return rule
+
+
+def keep_within(age: timedelta) -> Rule:
+    """Keep what was published at most `age` before the newest checkpoint (not before now: no clock is asked)."""
+    if not isinstance(age, timedelta) or age < timedelta(0):
+        raise ValueError(f"keep_within takes a timedelta of zero or more, got {age!r}")
+
+    def rule(infos: Sequence[CheckpointInfo], _metrics: Metrics) -> dict[CheckpointInfo, str]:
+        return {info: f"within {age} of the newest" for info in infos if infos[-1].modified - info.modified <= age}
+
+    return rule
+
+
+def keep_best(metric: str, n: int = 1, mode: Literal["min", "max"] = "min") -> Rule:
+    """Keep the `n` checkpoints with the smallest (or, with mode "max", largest) `metric`, n ≥ 1.
+
+    Of equal values the newer counts as better; NaN is worse than any number.
+
+    Raises:
+        MissingMetricError: from the rule, if a checkpoint lacks the metric.
+    """
+    _positive("keep_best", n)
+    if mode not in ("min", "max"):
+        raise ValueError(f'keep_best takes mode "min" or "max", got {mode!r}')
+
+    def badness(value: float) -> float:
+        if math.isnan(value):
+            return math.inf
+        return value if mode == "min" else -value
+
+    def rule(infos: Sequence[CheckpointInfo], metrics: Metrics) -> dict[CheckpointInfo, str]:
+        values = {info: _metric(info, metric, metrics) for info in infos}
+        newest_first = list(reversed(infos))
+        best = sorted(newest_first, key=lambda info: (math.isnan(values[info]), badness(values[info])))[:n]
+        return {info: f"best {metric} ({mode}), {values[info]:.6g}" for info in best}
+
+    return rule
+
+
+def _metric(info: CheckpointInfo, metric: str, metrics: Metrics) -> float:
+    recorded = metrics.get(info, {})
+    if metric not in recorded:
+        known = ", ".join(sorted(recorded)) or "none"
+        raise MissingMetricError(
+            f"{info.name} records no metric {metric!r} (it has: {known}): pass metrics={{{metric!r}: …}} to every "
+            "save, or choose another rule"
+        )
+    return recorded[metric]
+
+
+def _positive(rule: str, number: int) -> None:
+    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+        raise ValueError(f"{rule} takes a whole number of at least 1, got {number!r}")

@@ -1,0 +1,312 @@
+"""A folder on a local (or locally mounted) file system."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import mmap
+import os
+import secrets
+import shutil
+import socket
+import stat as statmodule
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from datetime import datetime, timezone
+from types import TracebackType
+
+from seedvc_ckpt.errors import CheckpointNotFoundError, CorruptCheckpointError, SaveFailedError, StorageError
+from seedvc_ckpt.storage import Stat
+
+if sys.platform != "win32":
+    import fcntl
+
+__all__ = ["LocalStorage"]
+
+_WRITE_FLAGS = (
+    os.O_CREAT
+    | os.O_EXCL
+    | os.O_WRONLY
+    | getattr(os, "O_NOFOLLOW", 0)
+    | getattr(os, "O_CLOEXEC", 0)
+    | getattr(os, "O_BINARY", 0)
+)
+_READ_FLAGS = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
+_NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
+
+
+class LocalStorage:
+    """Files in a folder, which is made at the first publish."""
+
+    def __init__(self, folder: str) -> None:
+        self._folder = folder
+
+    @property
+    def location(self) -> str:
+        """The folder's path, as it was given."""
+        return self._folder
+
+    def list(self) -> Iterator[_LocalEntry]:
+        """The files in the folder; symlinks to files count, those that lead nowhere don't."""
+        try:
+            with os.scandir(self._folder) as entries:
+                for entry in entries:
+                    if entry.is_file():
+                        yield _LocalEntry(entry)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise StorageError(f"can't list {self._folder}: {error.strerror}") from error
+
+    def stat(self, name: str) -> Stat | None:
+        """Size and time of a file, None where there is none."""
+        try:
+            return _stat(os.stat(self._path(name)))
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise StorageError(f"can't look at {self._path(name)}: {error.strerror}") from error
+
+    def open(self, name: str) -> _LocalBlob:
+        """Open a file for reading."""
+        path = self._path(name)
+        try:
+            descriptor = os.open(path, _READ_FLAGS)
+        except FileNotFoundError:
+            raise CheckpointNotFoundError(f"there is no file {path}") from None
+        except OSError as error:
+            raise StorageError(f"can't open {path}: {error.strerror}") from error
+        found = os.fstat(descriptor)
+        if not statmodule.S_ISREG(found.st_mode):
+            os.close(descriptor)
+            raise StorageError(f"{path} is not a file")
+        return _LocalBlob(path, descriptor, found.st_size)
+
+    def publish(self, name: str, size: int, chunks: Iterable[memoryview], *, overwrite: bool = False) -> Stat:
+        """Make a complete, durable file appear under `name`, or nothing.
+
+        The steps and what breaks without each:
+
+        1. make the folder, and sync the folders that were made: else a power cut takes the run's folder away;
+        2. compare free space with the size: a full disk is better found before an hour of writing;
+        3. write to a new file with an unpredictable name in the same folder, never through a link that someone put
+           there: a crash leaves a file that no listing shows, and renaming stays on one file system;
+        4. hold a lock on it while it is written: what has none belongs to a dead writer and may be removed;
+        5. write until every byte is written: a nearly full disk takes a part and reports success;
+        6. sync the file before it gets its name: else a power cut leaves the name with holes or nothing behind it;
+        7. give it its name by a link, which fails where the name is taken (or, to overwrite, by a rename that
+           replaces in one step): nobody ever sees half a file or loses another's;
+        8. sync the folder: else a power cut takes the name away again.
+        """
+        try:
+            made = self._make_folder()  # 1
+            free = self._check_space(name, size)  # 2
+            temporary = self._path(temporary_name())
+            descriptor = os.open(temporary, _WRITE_FLAGS, 0o666)  # 3
+        except OSError as error:
+            raise self._failed(name, error, size) from error
+        published = False
+        try:
+            _lock(descriptor)  # 4
+            written = sum(_write_all(descriptor, chunk) for chunk in chunks)  # 5
+            if written != size:
+                raise SaveFailedError(f"{name}: {written} bytes were to be written, {size} announced", needed=size)
+            _sync(descriptor)  # 6
+            found = _stat(os.fstat(descriptor))
+            if found.size != size:
+                raise SaveFailedError(f"{name}: the file system kept {found.size} of {size} bytes", needed=size)
+            _give_name(temporary, self._path(name), overwrite=overwrite)  # 7
+            published = True
+            for folder in (self._folder, *made):
+                _sync_folder(folder)  # 8
+        except FileExistsError:
+            raise
+        except OSError as error:
+            if isinstance(error, SaveFailedError):
+                raise
+            if published and not overwrite:
+                # it may vanish at a power cut, so it must not be seen as saved
+                with suppress(OSError):
+                    os.unlink(self._path(name))
+            raise self._failed(name, error, size, free) from error
+        finally:
+            with suppress(FileNotFoundError):
+                os.unlink(temporary)
+            os.close(descriptor)
+        return found
+
+    def delete(self, name: str) -> None:
+        """Delete a file, or the link where it is one."""
+        try:
+            os.unlink(self._path(name))
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise StorageError(f"can't delete {self._path(name)}: {error.strerror}") from error
+
+    def set_aside(self, name: str, reason: str) -> str:
+        """Move a file to ``aside/`` in the folder, under its name or, where that is taken, with a number added."""
+        aside = LocalStorage(os.path.join(self._folder, "aside"))
+        candidates = itertools.chain([name], (f"{name}.{number}" for number in itertools.count(1)))
+        try:
+            os.makedirs(aside.location, exist_ok=True)
+            target = next(candidate for candidate in candidates if not os.path.lexists(aside._path(candidate)))
+            note = f"{reason}\n".encode()
+            aside.publish(f"{target}.reason.txt", len(note), [memoryview(note)], overwrite=True)
+            os.rename(self._path(name), aside._path(target))
+            _sync_folder(aside.location)
+            _sync_folder(self._folder)
+        except OSError as error:
+            raise StorageError(f"can't set {self._path(name)} aside: {error}") from error
+        return f"aside/{target}"
+
+    def _path(self, name: str) -> str:
+        return os.path.join(self._folder, name)
+
+    def _make_folder(self) -> tuple[str, ...]:
+        """Make the folder and those above it; returns the folders whose entries changed."""
+        changed = []
+        folder = os.path.abspath(self._folder)
+        while not os.path.isdir(folder):
+            folder = os.path.dirname(folder)
+            changed.append(folder)
+        os.makedirs(self._folder, exist_ok=True)
+        return tuple(changed)
+
+    def _check_space(self, name: str, size: int) -> int | None:
+        free = self._free()
+        if free is not None and free < size:
+            raise SaveFailedError(
+                f"no room for {name} in {self._folder}: it needs {size:,} bytes, {free:,} are free. Nothing was "
+                "written; make room or keep fewer checkpoints",
+                needed=size,
+                free=free,
+            )
+        return free
+
+    def _free(self) -> int | None:
+        try:
+            return shutil.disk_usage(self._folder).free
+        except OSError:
+            return None
+
+    def _failed(self, name: str, error: OSError, size: int, free: int | None = None) -> SaveFailedError:
+        if isinstance(error, SaveFailedError):
+            return error
+        free = self._free() if free is None or error.errno in (errno.ENOSPC, errno.EDQUOT) else free
+        known = f", {free:,} are free" if free is not None else ""
+        return SaveFailedError(
+            f"saving {name} in {self._folder} failed: {error.strerror or error}. It needs {size:,} bytes{known}; "
+            "nothing was published and older checkpoints are as they were",
+            needed=size,
+            free=free,
+        )
+
+
+class _LocalEntry:
+    __slots__ = ("_entry", "name")
+
+    def __init__(self, entry: os.DirEntry[str]) -> None:
+        self._entry = entry
+        self.name = entry.name
+
+    def stat(self) -> Stat:
+        return _stat(self._entry.stat())
+
+
+class _LocalBlob:
+    def __init__(self, name: str, descriptor: int, size: int) -> None:
+        self.name = name
+        self.size = size
+        self._descriptor = descriptor
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        done = 0
+        while done < len(buffer):
+            try:
+                got = os.preadv(self._descriptor, [buffer[done:]], offset + done)
+            except OSError as error:
+                raise StorageError(f"can't read {self.name}: {error.strerror}") from error
+            if not got:
+                raise CorruptCheckpointError(self.name, "", f"ends at byte {offset + done:,}, where more should follow")
+            done += got
+
+    def map(self) -> memoryview | None:
+        return memoryview(mmap.mmap(self._descriptor, 0, access=mmap.ACCESS_COPY)) if self.size else None
+
+    def __enter__(self) -> _LocalBlob:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        os.close(self._descriptor)
+
+
+def temporary_name() -> str:
+    """A name that no listing takes for a checkpoint and nobody can guess; says who is writing."""
+    return f".tmp-{secrets.token_hex(8)}-{os.getpid()}-{_process_start()}-{socket.gethostname()[:64]}"
+
+
+def _process_start() -> str:
+    """When this process started, in clock ticks since boot; tells it from a later one with the same number."""
+    try:
+        with open("/proc/self/stat", "rb") as file:
+            return file.read().rpartition(b")")[2].split()[19].decode()
+    except OSError:
+        return "0"
+
+
+def _stat(found: os.stat_result) -> Stat:
+    return Stat(found.st_size, datetime.fromtimestamp(found.st_mtime, timezone.utc))
+
+
+def _lock(descriptor: int) -> None:
+    if sys.platform != "win32":
+        # file systems without locks: others then judge by age
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _write_all(descriptor: int, chunk: memoryview) -> int:
+    done = 0
+    while done < len(chunk):
+        done += os.write(descriptor, chunk[done : done + (1 << 30)])
+    return done
+
+
+def _sync(descriptor: int) -> None:
+    if sys.platform == "darwin":
+        fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)  # fsync there stops at the drive's cache
+    else:
+        os.fsync(descriptor)
+
+
+def _sync_folder(folder: str) -> None:
+    if sys.platform == "win32":
+        return
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network file systems sync folders by themselves and refuse to be asked
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _give_name(temporary: str, path: str, *, overwrite: bool) -> None:
+    if overwrite:
+        os.replace(temporary, path)
+        return
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        if error.errno not in _NO_HARD_LINKS:
+            raise
+        if os.path.lexists(path):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path) from None
+        os.rename(temporary, path)

@@ -1,0 +1,473 @@
+"""The store: where naming, format, storage and retention meet."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, SupportsFloat, SupportsIndex
+
+from seedvc_ckpt.checkpoint import CheckpointInfo, Manifest
+from seedvc_ckpt.errors import (
+    CheckpointError,
+    CheckpointExistsError,
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    SaveFailedError,
+    StaleStepError,
+    StorageError,
+)
+from seedvc_ckpt.file import CheckpointFile, Inspection
+from seedvc_ckpt.naming import SEED_VC, NamePattern, checked_number
+from seedvc_ckpt.retention import Plan, Rule, plan
+from seedvc_ckpt.storage import Entry, open_storage
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["CheckpointStore", "Resumed"]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """What `CheckpointStore.resume` found.
+
+    Attributes:
+        info: The newest intact checkpoint.
+        state: Its state.
+        rejected: The newer ones that are damaged, newest first, each with the reason.
+    """
+
+    info: CheckpointInfo
+    state: Any
+    rejected: tuple[tuple[CheckpointInfo, str], ...] = ()
+
+
+class CheckpointStore:
+    """The checkpoints of one run, in one folder.
+
+    The listing is the only index: every call looks at what is there now. Reading needs no store of its own and never
+    changes anything, except that `resume` sets damaged files aside unless the store is read-only.
+
+    Args:
+        location: A folder or an fsspec URL (``scheme://``); made at the first save.
+        pattern: How the files are named; others in the folder are never looked at.
+        retention: One rule or several: after each save a checkpoint stays if any rule keeps it. Default: keep all.
+        storage_options: For the fsspec filesystem of a URL.
+        fs: An fsspec filesystem to use instead of making one.
+        read_only: Refuse everything that would change the store.
+
+    Raises:
+        PatternError: for a pattern that can't be used.
+        StorageError: for a location that can't be used.
+    """
+
+    def __init__(
+        self,
+        location: str | os.PathLike[str],
+        *,
+        pattern: NamePattern | str = SEED_VC,
+        retention: Rule | Sequence[Rule] | None = None,
+        storage_options: Mapping[str, Any] | None = None,
+        fs: Any = None,
+        read_only: bool = False,
+    ) -> None:
+        self.pattern = pattern if isinstance(pattern, NamePattern) else NamePattern(pattern)
+        self.retention = retention
+        self.read_only = read_only
+        self._storage = open_storage(location, storage_options=storage_options, fs=fs)
+        self._resumed: CheckpointInfo | None = None
+        self._intact: set[str] = set()  # names written, or checked byte by byte, by this object
+
+    def __repr__(self) -> str:
+        return f"CheckpointStore({self.location!r}, pattern={self.pattern.template!r})"
+
+    def __enter__(self) -> CheckpointStore:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def location(self) -> str:
+        """Where the checkpoints are."""
+        return self._storage.location
+
+    def close(self) -> None:
+        """End the use of the store. Reading goes on to work."""
+
+    def list(self) -> list[CheckpointInfo]:
+        """The checkpoints, ascending by (step, epoch).
+
+        Raises:
+            StorageError: if the folder can't be listed.
+        """
+        entries = {entry.name: entry for entry in self._storage.list()}
+        found = (self._info(entry, pinned=f"{name}.pin" in entries) for name, entry in entries.items())
+        return sorted(filter(None, found), key=lambda info: (info.step, info.epoch))
+
+    def latest(self) -> CheckpointInfo | None:
+        """The checkpoint with the largest (step, epoch), or None; looks at names only."""
+        parse = self.pattern.parse
+        while True:
+            named = [(parsed, entry) for entry in self._storage.list() if (parsed := parse(entry.name))]
+            if not named:
+                return None
+            _, newest = max(named, key=lambda found: found[0])
+            pinned = self._storage.stat(f"{newest.name}.pin") is not None
+            info = self._info(newest, pinned=pinned)
+            if info is not None:
+                return info
+
+    def save(
+        self,
+        state: Any,
+        step: SupportsIndex,
+        epoch: SupportsIndex = 0,
+        *,
+        metrics: Mapping[str, SupportsFloat] | None = None,
+        overwrite: bool = False,
+        verify: bool = False,
+    ) -> CheckpointInfo:
+        """Save a state; when this returns it survives a power cut. Then prune by the store's rules.
+
+        Args:
+            state: Nested dicts, lists and tuples of tensors, numbers, strings, bytes and None.
+            step: Training steps done.
+            epoch: The epoch that is running.
+            metrics: Numbers to keep with it, for `keep_best` and for people.
+            overwrite: Replace a checkpoint of this step.
+            verify: Read the file back and check every byte before returning.
+
+        Returns:
+            The new checkpoint.
+
+        Raises:
+            CheckpointExistsError: if the step is saved already and `overwrite` is false.
+            StaleStepError: if a later step is saved already.
+            UnsafeCheckpointError: if the state holds what could not be loaded again, naming the path to it.
+            MissingMetricError: if a retention rule needs a metric that this or an older checkpoint lacks.
+            SaveFailedError: if it can't be written. In all these cases nothing has changed.
+        """
+        self._refuse_changes("save to it")
+        step, epoch = checked_number("step", step), checked_number("epoch", epoch)
+        name = self.pattern.format(step, epoch)
+        infos = self.list()
+        self._refuse_order(infos, step, epoch, overwrite=overwrite)
+        manifest = Manifest(
+            run=self._run_name(),
+            step=step,
+            epoch=epoch,
+            created=datetime.now(timezone.utc),
+            library=library_version(),
+            metrics={key: float(value) for key, value in (metrics or {}).items()},
+            resumed_from=self._resumed.name if self._resumed else None,
+        )
+        if self.retention:
+            coming = CheckpointInfo(name, step, epoch, 0, datetime.now(timezone.utc))
+            others = [info for info in infos if info.name != name]
+            self._plan([*others, coming], {coming: manifest.metrics})
+        from seedvc_ckpt.format import torchzip  # torch takes more than a second to import
+
+        _refuse_rank()
+        encoded = torchzip.encode(state, manifest)
+        try:
+            published = self._storage.publish(name, encoded.size, encoded, overwrite=overwrite)
+        except FileExistsError:
+            raise CheckpointExistsError(
+                f"{name} appeared in {self.location} during the save and was left as it is: another process is "
+                "saving to this run"
+            ) from None
+        info = CheckpointInfo(name, step, epoch, published.size, published.modified)
+        self._read_back(info, encoded.manifest, verify=verify)
+        self._intact.add(name)
+        if self.retention:
+            self._remove(self._plan(self.list()))
+        return info
+
+    def load(
+        self,
+        which: SupportsIndex | CheckpointInfo | None = None,
+        *,
+        map_location: str | torch.device = "cpu",
+        mmap: bool = False,
+        verify: bool = True,
+    ) -> Any:
+        """The state of a checkpoint: the newest, or that of a step or info.
+
+        Args:
+            which: A step, an info from `list`, or None for the newest.
+            map_location: Device of all tensors.
+            mmap: Map the file instead of reading it; the tensors keep it mapped, changes to them stay in memory.
+            verify: Check every byte before any tensor is used.
+
+        Raises:
+            CheckpointNotFoundError: if there is none.
+            CorruptCheckpointError: if it is damaged, naming the record and tensor.
+            UnsafeCheckpointError: if it holds more than plain data and tensors.
+            StorageError: if it can't be read.
+        """
+        info = self._find(which)
+        state = self._file(info).load(map_location=map_location, mmap=mmap, verify=verify)
+        if verify:
+            self._intact.add(info.name)
+        return state
+
+    def resume(self, *, map_location: str | torch.device = "cpu", mmap: bool = False) -> Resumed | None:
+        """The newest intact checkpoint with its state, or None when there is none at all.
+
+        Newer ones that are proven to be damaged are moved to ``aside/``, with the reason, so that the run can go on
+        below their steps; a read-only store reports them only.
+
+        Raises:
+            CorruptCheckpointError: if there are checkpoints and all are damaged; then none is moved.
+            UnsafeCheckpointError: if the newest asks for more than plain data, which is no damage.
+            StorageError: if one can't be read, which proves nothing about it.
+        """
+        rejected: list[tuple[CheckpointInfo, str]] = []
+        for info in reversed(self.list()):
+            try:
+                state = self.load(info, map_location=map_location, mmap=mmap)
+            except CorruptCheckpointError as error:
+                rejected.append((info, str(error)))
+                continue
+            if not self.read_only:
+                for damaged, reason in rejected:
+                    self._storage.set_aside(damaged.name, reason)
+            self._resumed = info
+            return Resumed(info, state, tuple(rejected))
+        if rejected:
+            newest, reason = rejected[0]
+            raise CorruptCheckpointError(
+                newest.name,
+                "",
+                f"damaged ({reason}), and so {'is each' if len(rejected) > 1 else 'would be any'} of the "
+                f"{len(rejected)} checkpoints in {self.location}. Restore one from a copy, or move them away to "
+                "start anew",
+            )
+        return None
+
+    def inspect(self, which: SupportsIndex | CheckpointInfo | None = None) -> Inspection:
+        """What a checkpoint holds: keys, shapes, dtypes, bytes, manifest; reads no tensor data."""
+        return self._file(self._find(which)).inspect()
+
+    def verify(
+        self,
+        which: SupportsIndex | CheckpointInfo | None = None,
+        *,
+        progress: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        """Check every byte of a checkpoint; `progress` is called with the number of bytes done since the last call.
+
+        Raises:
+            CorruptCheckpointError: naming the record, and the tensor in it, that is damaged.
+        """
+        info = self._find(which)
+        self._file(info).verify(progress)
+        self._intact.add(info.name)
+
+    def file(self, which: SupportsIndex | CheckpointInfo | None = None) -> CheckpointFile:
+        """A checkpoint as a file, for reading."""
+        return self._file(self._find(which))
+
+    def prune(self, *, dry_run: bool = False) -> Plan:
+        """Delete what no retention rule keeps, oldest first, and return the plan; with `dry_run`, only the plan.
+
+        What is gone already or can't be deleted is logged as a warning and does not stop the rest.
+        """
+        made = self._plan(self.list())
+        if not dry_run:
+            self._refuse_changes("prune it")
+            self._remove(made)
+        return made
+
+    def export(
+        self,
+        target: str | os.PathLike[str],
+        step: SupportsIndex | CheckpointInfo | None = None,
+        *,
+        expected: Mapping[str, Sequence[int]] | None = None,
+        dtype: str | torch.dtype | None = None,
+        weights: Literal["net", "ema"] = "net",
+        overwrite: bool = False,
+        allow_non_finite: bool = False,
+    ) -> str:
+        """Write a checkpoint's weights as Seed-VC's ``ft_model.pth`` or as safetensors; see `export.export`."""
+        from seedvc_ckpt.export import export
+
+        return export(
+            self.file(step),
+            target,
+            expected=expected,
+            dtype=dtype,
+            weights=weights,
+            overwrite=overwrite,
+            allow_non_finite=allow_non_finite,
+        )
+
+    def _info(self, entry: Entry, *, pinned: bool) -> CheckpointInfo | None:
+        parsed = self.pattern.parse(entry.name)
+        if parsed is None:
+            return None
+        try:
+            found = entry.stat()
+        except FileNotFoundError:
+            return None  # pruned by its writer since it was listed
+        except OSError as error:
+            raise StorageError(f"can't look at {entry.name} in {self.location}: {error}") from error
+        return CheckpointInfo(entry.name, parsed.step, parsed.epoch, found.size, found.modified, pinned)
+
+    def _file(self, info: CheckpointInfo) -> CheckpointFile:
+        return CheckpointFile(self._storage, info.name, self.pattern)
+
+    def _find(self, which: SupportsIndex | CheckpointInfo | None) -> CheckpointInfo:
+        if isinstance(which, CheckpointInfo):
+            return which
+        if which is None:
+            newest = self.latest()
+            if newest is None:
+                raise CheckpointNotFoundError(f"no checkpoint named like {self.pattern.template} in {self.location}")
+            return newest
+        step, infos = checked_number("step", which), self.list()
+        found = [info for info in infos if info.step == step]
+        if not found:
+            near = sorted(infos, key=lambda info: abs(info.step - step))[:5]
+            known = ", ".join(str(info.step) for info in sorted(near, key=lambda info: info.step)) or "none"
+            raise CheckpointNotFoundError(
+                f"no checkpoint of step {step} in {self.location}; the nearest of its {len(infos)} are at: {known}"
+            )
+        if len(found) > 1:
+            names = ", ".join(info.name for info in found)
+            raise CheckpointError(
+                f"step {step} stands for several checkpoints in {self.location}: {names}. Pass the info of the one "
+                "that you mean, from list()"
+            )
+        return found[0]
+
+    def _refuse_changes(self, what: str) -> None:
+        if self.read_only:
+            raise StorageError(f"the store {self.location} was opened read-only: open it without read_only to {what}")
+
+    def _refuse_order(self, infos: Sequence[CheckpointInfo], step: int, epoch: int, *, overwrite: bool) -> None:
+        later = [info for info in infos if info.step > step]
+        if later:
+            raise StaleStepError(
+                f"{self.location} already has {later[-1].name}, so step {step} would go backwards: the next resume "
+                f"would take step {later[-1].step}, not this one. Save at a larger step or to another folder, or move "
+                "the later checkpoints away first"
+            )
+        same = [info for info in infos if info.step == step]
+        if same and not overwrite:
+            raise CheckpointExistsError(
+                f"{self.location} already has {same[-1].name}; pass overwrite=True to replace it, or save at a "
+                "larger step"
+            )
+        if any(info.epoch != epoch for info in same):
+            raise CheckpointExistsError(
+                f"{self.location} already has {same[-1].name}: the same step under another epoch, which epoch "
+                f"{epoch} would not replace but stand beside. Save at a larger step"
+            )
+
+    def _run_name(self) -> str:
+        return os.path.basename(self.location.rstrip("/")) or self.location
+
+    def _read_back(self, info: CheckpointInfo, manifest: Manifest, *, verify: bool) -> None:
+        try:
+            file = self._file(info)
+            found = file.manifest()
+            if found != manifest:
+                raise CorruptCheckpointError(info.name, "the manifest", f"reads {found!r}, {manifest!r} was written")
+            if verify:
+                file.verify()
+        except CorruptCheckpointError as error:
+            self._storage.set_aside(info.name, str(error))
+            raise SaveFailedError(
+                f"{info.name} was written to {self.location} but does not read back as it was: {error}. It was set "
+                "aside and nothing was pruned; check the disk before you go on",
+                needed=info.size,
+            ) from error
+
+    def _plan(
+        self,
+        infos: Sequence[CheckpointInfo],
+        metrics: Mapping[CheckpointInfo, Mapping[str, float]] | None = None,
+    ) -> Plan:
+        """What the rules keep, and what they may not remove."""
+        readable, unreadable = [*infos], []
+        while True:
+            try:
+                made = plan(readable, self.retention, _ManifestMetrics(self._file, readable, metrics or {}))
+                break
+            except CorruptCheckpointError as error:
+                damaged = next(info for info in readable if info.name == os.path.basename(error.name))
+                readable.remove(damaged)
+                unreadable.append(damaged)
+        keep = {**made.keep, **dict.fromkeys(unreadable, ("its manifest can't be read",))}
+        spared = self._resumed
+        if spared in made.remove and not self._intact & {info.name for info in keep}:
+            keep[spared] = ("resumed from, and the only one known to be intact",)
+        in_order = {info: keep[info] for info in infos if info in keep}
+        return Plan(in_order, tuple(info for info in made.remove if info not in keep))
+
+    def _remove(self, made: Plan) -> None:
+        for info in made.remove:
+            try:
+                found = self._storage.stat(info.name)
+                if found is None or (found.size, found.modified) != (info.size, info.modified):
+                    _log.warning("not pruned: %s in %s is gone or was replaced", info.name, self.location)
+                else:
+                    self._storage.delete(info.name)
+            except (FileNotFoundError, StorageError) as error:
+                _log.warning("not pruned: %s in %s: %s", info.name, self.location, error)
+
+
+class _ManifestMetrics(Mapping[CheckpointInfo, Mapping[str, float]]):
+    """The metrics in the manifests, read when a rule asks for them."""
+
+    def __init__(
+        self,
+        file: Callable[[CheckpointInfo], CheckpointFile],
+        infos: Sequence[CheckpointInfo],
+        known: Mapping[CheckpointInfo, Mapping[str, float]],
+    ) -> None:
+        self._file = file
+        self._infos = infos
+        self._known = dict(known)
+
+    def __getitem__(self, info: CheckpointInfo) -> Mapping[str, float]:
+        if info not in self._known:
+            manifest = self._file(info).manifest()
+            self._known[info] = manifest.metrics if manifest else {}
+        return self._known[info]
+
+    def __iter__(self) -> Iterator[CheckpointInfo]:
+        return iter(self._infos)
+
+    def __len__(self) -> int:
+        return len(self._infos)
+
+
+def library_version() -> str:
+    """The installed version of this library."""
+    try:
+        return version("seedvc-ckpt")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def _refuse_rank() -> None:
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
+        raise CheckpointError(
+            f"rank {dist.get_rank()} can't save: a checkpoint is written by rank 0 alone (sharded checkpoints are not "
+            "supported). Call save under `if rank == 0`"
+        )
