@@ -28,9 +28,7 @@ def build_model(model_params: ModelParams | Mapping[str, Any]) -> nn.ModuleDict:
         seedvc_train.config.ConfigError: if it does not describe a network that we implement.
     """
     params = ModelParams.parse(model_params)
-    return nn.ModuleDict(
-        {"cfm": FlowMatching(params), "length_regulator": LengthRegulator(params.length_regulator)}
-    )
+    return nn.ModuleDict({"cfm": FlowMatching(params), "length_regulator": LengthRegulator(params.length_regulator)})
 
 
 def expected_tensors(config: str | os.PathLike[str] | Config) -> dict[str, tuple[int, ...]]:

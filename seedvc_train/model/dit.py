@@ -71,6 +71,7 @@ class DiT(nn.Module):
         dit = params.dit
         dim, mels = dit.hidden_dim, dit.in_channels
         self.params = dit
+        self.class_dropout_prob = dit.class_dropout_prob
         self.register_buffer("input_pos", torch.arange(_POSITIONS))
         self.transformer = Transformer(dit)
         self.x_embedder = WeightNormLinear(mels, dim)
@@ -154,7 +155,7 @@ class DiT(nn.Module):
             (B, C, T).
         """
         if self.training:
-            mask_content = bool(torch.rand(1) < self.params.class_dropout_prob)
+            mask_content = bool(torch.rand(1) < self.class_dropout_prob)
         time: Tensor = self.t_embedder(t)
         tokens = self._tokens(time, style, mask_content=mask_content)
         frames = self._merge(x, prompt_x, style, cond, mask_content=mask_content)
@@ -175,9 +176,7 @@ class DiT(nn.Module):
             tokens.append(torch.zeros_like(token) if mask_content else token)
         return tokens
 
-    def _merge(
-        self, x: Tensor, prompt_x: Tensor, style: Tensor, cond: Tensor, *, mask_content: bool
-    ) -> Tensor:
+    def _merge(self, x: Tensor, prompt_x: Tensor, style: Tensor, cond: Tensor, *, mask_content: bool) -> Tensor:
         conditions = [prompt_x.transpose(1, 2), self.cond_projection(cond)]
         if self.params.style_condition and not self.params.style_as_token:
             conditions.append(style[:, None].expand(-1, x.shape[-1], -1))

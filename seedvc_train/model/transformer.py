@@ -44,9 +44,7 @@ class _Attention(nn.Module):
 
     def forward(self, x: Tensor, valid: Tensor, rotary: Tensor) -> Tensor:
         q, k, v = self.wqkv(x).view(*x.shape[:2], 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(
-            rotate(q, rotary), rotate(k, rotary), v, attn_mask=valid[:, None, None, :]
-        )
+        y = F.scaled_dot_product_attention(rotate(q, rotary), rotate(k, rotary), v, attn_mask=valid[:, None, None, :])
         out: Tensor = self.wo(y.transpose(1, 2).flatten(-2))
         return out
 
@@ -106,9 +104,7 @@ class _Block(nn.Module):
         if params.uvit_skip_connection:
             self.skip_in_linear = nn.Linear(2 * dim, dim)
 
-    def forward(
-        self, x: Tensor, time: Tensor | None, valid: Tensor, rotary: Tensor, skip: Tensor | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor | None, valid: Tensor, rotary: Tensor, skip: Tensor | None) -> Tensor:
         if skip is not None:
             x = self.skip_in_linear(torch.cat([x, skip], dim=-1))
         x = x + self.attention(self.attention_norm(x, time), valid, rotary)

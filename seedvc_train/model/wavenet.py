@@ -27,9 +27,7 @@ class ReflectConv1d(nn.Module):
         super().__init__()
         self.pad = (kernel_size - 1) // 2 * dilation
         # The checkpoint's name is `conv.conv`: one more level than there is to it.
-        self.conv = nn.ModuleDict(
-            {"conv": WeightNormConv1d(in_channels, out_channels, kernel_size, dilation)}
-        )
+        self.conv = nn.ModuleDict({"conv": WeightNormConv1d(in_channels, out_channels, kernel_size, dilation)})
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, in_channels, T) to (B, out_channels, T)."""
@@ -48,8 +46,7 @@ class WaveNet(nn.Module):
         super().__init__()
         width, layers = params.hidden_dim, params.num_layers
         self.in_layers = nn.ModuleList(
-            ReflectConv1d(width, 2 * width, params.kernel_size, params.dilation_rate**i)
-            for i in range(layers)
+            ReflectConv1d(width, 2 * width, params.kernel_size, params.dilation_rate**i) for i in range(layers)
         )
         self.res_skip_layers = nn.ModuleList(
             ReflectConv1d(width, 2 * width if i < layers - 1 else width) for i in range(layers)
@@ -70,9 +67,7 @@ class WaveNet(nn.Module):
         """
         slices = self.cond_layer(condition[..., None]).chunk(len(self.in_layers), dim=1)
         skips = torch.zeros_like(x)
-        for in_layer, res_skip, condition_slice in zip(
-            self.in_layers, self.res_skip_layers, slices, strict=True
-        ):
+        for in_layer, res_skip, condition_slice in zip(self.in_layers, self.res_skip_layers, slices, strict=True):
             signal, gate = (in_layer(x) + condition_slice).chunk(2, dim=1)
             y = res_skip(self.dropout(torch.tanh(signal) * torch.sigmoid(gate)))
             if y.shape[1] > x.shape[1]:

@@ -26,9 +26,7 @@ class _WeightNorm(nn.Module):
             self.weight_g.copy_(self._norm())
 
     def _norm(self) -> Tensor:
-        norm: Tensor = torch.linalg.vector_norm(
-            self.weight_v, dim=tuple(range(1, self.weight_v.ndim)), keepdim=True
-        )
+        norm: Tensor = torch.linalg.vector_norm(self.weight_v, dim=tuple(range(1, self.weight_v.ndim)), keepdim=True)
         return norm
 
     def _weight(self) -> Tensor:

@@ -64,9 +64,7 @@ def test_a_run_directorys_yaml_loads_with_defaults():
     assert config.log_dir == "./runs/"
 
 
-@pytest.mark.parametrize(
-    ("written", "read"), [("None", None), (None, None), (8000, 8000.0), (7600.5, 7600.5)]
-)
+@pytest.mark.parametrize(("written", "read"), [("None", None), (None, None), (8000, 8000.0), (7600.5, 7600.5)])
 def test_fmax_may_be_none_in_either_spelling(written, read):
     """The text `None`, null and a number in Hz are the three ways to write fmax."""
     config = Config.parse(changed(WAVENET, preprocess_params__spect_params__fmax=written))
