@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from seedvc_ckpt.errors import CorruptCheckpointError, UnsafeCheckpointError
 
-__all__ = ["SCHEMA_VERSION", "CheckpointInfo", "Manifest"]
+__all__ = ["SCHEMA_VERSION", "CheckpointInfo", "Manifest", "library_version"]
 
 SCHEMA_VERSION = 1
 
@@ -100,3 +101,11 @@ class Manifest(BaseModel):
                 f"{needs}, which this version does not know: upgrade with pip install -U seedvc-ckpt"
             )
         return manifest
+
+
+def library_version() -> str:
+    """The installed version of this library."""
+    try:
+        return version("seedvc-ckpt")
+    except PackageNotFoundError:
+        return "unknown"

@@ -6,9 +6,9 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from seedvc_ckpt.checkpoint import Manifest
+from seedvc_ckpt.checkpoint import Manifest, library_version
 from seedvc_ckpt.errors import CheckpointExistsError, ExportError
-from seedvc_ckpt.file import CheckpointFile
+from seedvc_ckpt.file import CheckpointFile, run_name
 from seedvc_ckpt.format import contents
 from seedvc_ckpt.format.archive import Archive
 from seedvc_ckpt.format.contents import TensorRef
@@ -81,13 +81,11 @@ def _taken(target: str | os.PathLike[str]) -> CheckpointExistsError:
 
 
 def _manifest(source: CheckpointFile, archive: Archive, tree: Any) -> Manifest:
-    from seedvc_ckpt.store import library_version
-
     known = archive.manifest()
     if known is None:
         step, epoch = tree.get("iters"), tree.get("epoch")
         known = Manifest(
-            run=os.path.basename(source.storage.location.rstrip("/")),
+            run=run_name(source.storage.location),
             step=step if type(step) is int and step >= 0 else None,
             epoch=epoch if type(epoch) is int and epoch >= 0 else 0,
         )

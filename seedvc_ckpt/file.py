@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from seedvc_ckpt.naming import NamePattern
 
-__all__ = ["CheckpointFile", "Inspection"]
+__all__ = ["CheckpointFile", "Inspection", "run_name"]
 
 
 @dataclass(frozen=True)
@@ -116,3 +116,9 @@ class CheckpointFile:
                 f"says step {manifest.step}, epoch {manifest.epoch}: the file was renamed, or swapped with another",
             )
         return manifest
+
+
+def run_name(location: str) -> str:
+    """The last part of a store's location, relative ones such as ``.`` resolved."""
+    name = location.rstrip("/").rpartition("/")[2]
+    return os.path.basename(os.path.abspath(location)) if name in ("", ".", "..") else name

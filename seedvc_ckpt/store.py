@@ -7,11 +7,10 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, SupportsFloat, SupportsIndex
 
-from seedvc_ckpt.checkpoint import CheckpointInfo, Manifest
+from seedvc_ckpt.checkpoint import CheckpointInfo, Manifest, library_version
 from seedvc_ckpt.errors import (
     CheckpointError,
     CheckpointExistsError,
@@ -21,7 +20,8 @@ from seedvc_ckpt.errors import (
     StaleStepError,
     StorageError,
 )
-from seedvc_ckpt.file import CheckpointFile, Inspection
+from seedvc_ckpt.export import export
+from seedvc_ckpt.file import CheckpointFile, Inspection, run_name
 from seedvc_ckpt.naming import SEED_VC, NamePattern, checked_number
 from seedvc_ckpt.retention import Plan, Rule, plan
 from seedvc_ckpt.storage import Entry, open_storage
@@ -101,6 +101,11 @@ class CheckpointStore:
         """Where the checkpoints are."""
         return self._storage.location
 
+    @property
+    def run_name(self) -> str:
+        """The last part of the location; manifests name the run by it."""
+        return run_name(self.location)
+
     def close(self) -> None:
         """End the use of the store. Reading goes on to work."""
 
@@ -163,7 +168,7 @@ class CheckpointStore:
         infos = self.list()
         self._refuse_order(infos, step, epoch, overwrite=overwrite)
         manifest = Manifest(
-            run=self._run_name(),
+            run=self.run_name,
             step=step,
             epoch=epoch,
             created=datetime.now(timezone.utc),
@@ -241,7 +246,7 @@ class CheckpointStore:
                 continue
             if not self.read_only:
                 for damaged, reason in rejected:
-                    self._storage.set_aside(damaged.name, reason)
+                    self.set_aside(damaged, reason)
             self._resumed = info
             return Resumed(info, state, tuple(rejected))
         if rejected:
@@ -288,6 +293,37 @@ class CheckpointStore:
             self._refuse_changes("prune it")
             self._remove(made)
         return made
+
+    def rewind(self, step: SupportsIndex) -> tuple[CheckpointInfo, ...]:
+        """Set every checkpoint after `step` aside, so that training can go on from there; nothing is deleted.
+
+        Returns:
+            What was set aside, ascending.
+
+        Raises:
+            CheckpointNotFoundError: if no checkpoint has that step.
+        """
+        self._refuse_changes("rewind it")
+        kept, infos = self._at_step(checked_number("step", step))[0], self.list()
+        later = tuple(info for info in infos if info.step > kept.step)
+        for info in reversed(later):
+            self.set_aside(info, f"the run was rewound to step {kept.step}")
+        return later
+
+    def set_aside(self, which: CheckpointInfo | str, reason: str) -> str:
+        """Move a checkpoint, or another file of the run by its name, to ``aside/`` with `reason` beside it.
+
+        Returns:
+            Its name now, below the run's folder.
+
+        Raises:
+            CheckpointNotFoundError: if there is no such file.
+        """
+        self._refuse_changes("set a file aside")
+        name = which if isinstance(which, str) else which.name
+        if self._storage.stat(name) is None:
+            raise CheckpointNotFoundError(f"there is no file {name} in {self.location} to set aside")
+        return self._storage.set_aside(name, reason)
 
     def export(
         self,
@@ -336,7 +372,17 @@ class CheckpointStore:
             if newest is None:
                 raise CheckpointNotFoundError(f"no checkpoint named like {self.pattern.template} in {self.location}")
             return newest
-        step, infos = checked_number("step", which), self.list()
+        found = self._at_step(checked_number("step", which))
+        if len(found) > 1:
+            names = ", ".join(info.name for info in found)
+            raise CheckpointError(
+                f"step {found[0].step} stands for several checkpoints in {self.location}: {names}. Pass the info of "
+                "the one that you mean, from list()"
+            )
+        return found[0]
+
+    def _at_step(self, step: int) -> list[CheckpointInfo]:
+        infos = self.list()
         found = [info for info in infos if info.step == step]
         if not found:
             near = sorted(infos, key=lambda info: abs(info.step - step))[:5]
@@ -344,13 +390,7 @@ class CheckpointStore:
             raise CheckpointNotFoundError(
                 f"no checkpoint of step {step} in {self.location}; the nearest of its {len(infos)} are at: {known}"
             )
-        if len(found) > 1:
-            names = ", ".join(info.name for info in found)
-            raise CheckpointError(
-                f"step {step} stands for several checkpoints in {self.location}: {names}. Pass the info of the one "
-                "that you mean, from list()"
-            )
-        return found[0]
+        return found
 
     def _refuse_changes(self, what: str) -> None:
         if self.read_only:
@@ -361,8 +401,9 @@ class CheckpointStore:
         if later:
             raise StaleStepError(
                 f"{self.location} already has {later[-1].name}, so step {step} would go backwards: the next resume "
-                f"would take step {later[-1].step}, not this one. Save at a larger step or to another folder, or move "
-                "the later checkpoints away first"
+                f"would take step {later[-1].step}, not this one. To branch off here set the later ones aside with "
+                f"rewind({max((info.step for info in infos if info.step <= step), default=step)}); else save at a "
+                "larger step or to another folder"
             )
         same = [info for info in infos if info.step == step]
         if same and not overwrite:
@@ -375,9 +416,6 @@ class CheckpointStore:
                 f"{self.location} already has {same[-1].name}: the same step under another epoch, which epoch "
                 f"{epoch} would not replace but stand beside. Save at a larger step"
             )
-
-    def _run_name(self) -> str:
-        return os.path.basename(self.location.rstrip("/")) or self.location
 
     def _read_back(self, info: CheckpointInfo, manifest: Manifest, *, verify: bool) -> None:
         try:
@@ -453,14 +491,6 @@ class _ManifestMetrics(Mapping[CheckpointInfo, Mapping[str, float]]):
 
     def __len__(self) -> int:
         return len(self._infos)
-
-
-def library_version() -> str:
-    """The installed version of this library."""
-    try:
-        return version("seedvc-ckpt")
-    except PackageNotFoundError:
-        return "unknown"
 
 
 def _refuse_rank() -> None:

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
 from seedvc_train.audio import AudioError, MelSpectrogram, Samples, decode, resample
+from seedvc_train.interruption import ignore_in_worker
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -296,6 +297,10 @@ class Batch(NamedTuple):
     style: torch.Tensor
     f0: torch.Tensor | None
 
+    def to(self, device: torch.device) -> Batch:
+        """The batch on another device."""
+        return Batch(*(value if value is None else value.to(device, non_blocking=True) for value in self))
+
 
 def collate(items: Sequence[Item]) -> Batch:
     """Stack clips, padded to the longest."""
@@ -336,5 +341,6 @@ def loader(
         num_workers=num_workers,
         collate_fn=collate,
         pin_memory=pin_memory,
+        worker_init_fn=ignore_in_worker,
         generator=torch.Generator().manual_seed(0),
     )

@@ -1,0 +1,5 @@
+"""``python -m seedvc_train``."""
+
+from seedvc_train.cli import main
+
+main()

@@ -1,0 +1,191 @@
+"""The command ``seedvc-train``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from seedvc_ckpt.errors import CheckpointError
+from seedvc_train.config import ConfigError, load_config
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["main"]
+
+_PRESET = os.path.join(os.path.dirname(__file__), "presets", "config_dit_mel_demo_tiny.yml")
+_NEEDED = ("numpy", "soundfile", "soxr", "tqdm")
+
+
+def _resume(_ctx: click.Context, _parameter: click.Parameter, value: str) -> str:
+    if value not in ("auto", "never") and not (value.isascii() and value.isdecimal()):
+        raise click.BadParameter(f"{value!r} is none of auto, never and a step")
+    return value
+
+
+def _run_name(_ctx: click.Context, _parameter: click.Parameter, value: str) -> str:
+    if not value or value in (".", "..") or "/" in value or "\0" in value or os.sep in value:
+        raise click.BadParameter(f"{value!r} is not the name of one folder; use --log-dir for where it lies")
+    return value
+
+
+@click.command(
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Example: seedvc-train --config config_dit_mel_seed_uvit_xlsr_tiny.yml --dataset-dir recordings "
+    "--run-name my_run --max-steps 5000. Start the same command again after a crash and it goes on.",
+)
+@click.option("--config", default=_PRESET, metavar="YAML", help="A config of Seed-VC's.  [default: a tiny one to try]")
+@click.option("--pretrained-ckpt", metavar="FILE", help="Weights that a new run starts from.")
+@click.option("--dataset-dir", metavar="DIR", help="Recordings of 1 to 30 s, in any folders below it.")
+@click.option("--run-name", default="my_run", show_default=True, callback=_run_name, help="The run's folder.")
+@click.option("--log-dir", metavar="DIR", help="Where runs lie.  [default: the YAML's log_dir]")
+@click.option("--batch-size", type=click.IntRange(min=1), help="Clips a step.  [default: the YAML's]")
+@click.option("--max-steps", type=click.IntRange(min=1), default=1000, show_default=True, help="Steps in all.")
+@click.option("--max-epochs", type=click.IntRange(min=1), default=1000, show_default=True, help="Epochs in all.")
+@click.option("--save-every", type=click.IntRange(min=1), default=500, show_default=True, help="Steps between saves.")
+@click.option("--num-workers", type=click.IntRange(min=0), default=0, show_default=True, help="Loader processes.")
+@click.option("--gpu", type=click.IntRange(min=0), help="Number of the GPU, as --device cuda:N.")
+@click.option("--device", help="cpu, cuda, cuda:N or mps.  [default: a GPU where there is one]")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of everything random.")
+@click.option("--lr", type=click.FloatRange(min=0, min_open=True), help="Learning rate.  [default: 1e-5]")
+@click.option("--keep-last", type=click.IntRange(min=1), default=2, show_default=True, help="Newest checkpoints to keep.")
+@click.option("--keep-every", type=click.IntRange(min=1), metavar="STEPS", help="Keep multiples of this for good.")
+@click.option("--sync-save", is_flag=True, help="Wait for each save.  [the only way in this version]")
+@click.option("--resume", default="auto", show_default=True, callback=_resume, metavar="auto|never|STEP",
+              help="Go on from the newest intact checkpoint, start anew, or go back to a step.")  # fmt: skip
+@click.option("--allow-changes", is_flag=True, help="Go on though settings or data changed.")
+@click.option("--features", type=click.Choice(["auto", "builtin"]), default="auto", show_default=True,
+              help="Front ends; those that need no weights are all there are in this version.")  # fmt: skip
+@click.option("--demo", is_flag=True, help="Show it all once: train on made-up speech, be killed, resume, export.")
+def command(**options: Any) -> int:
+    """Train the DiT of a Seed-VC voice converter, resumable bit for bit.
+
+    Checkpoints go to LOG_DIR/RUN_NAME as Seed-VC names them, the weights of the last one to ft_model.pth there.
+    Ctrl-C finishes the step, saves and stops; a second one stops at once.
+    """
+    missing = [name for name in _NEEDED if find_spec(name) is None]
+    if missing:
+        raise click.UsageError(f"training needs {', '.join(missing)}: run pip install 'seedvc-ckpt[train]'")
+    if options["demo"]:
+        from seedvc_train.demo import demo
+
+        return demo()
+    if not options["dataset_dir"]:
+        raise click.UsageError("say where the recordings are with --dataset-dir, or try --demo")
+    return _train(options)
+
+
+def _train(options: dict[str, Any]) -> int:
+    config = load_config(options["config"])
+    log_dir = options["log_dir"] or config.log_dir
+    if "://" in log_dir:
+        raise click.UsageError(f"--log-dir {log_dir}: this version trains into local folders only")
+    import torch
+
+    from seedvc_ckpt import CheckpointStore, keep_every, keep_last
+    from seedvc_train import run
+    from seedvc_train.audio import MelSpectrogram
+    from seedvc_train.dataset import ClipDataset, EpochBatches, loader, scan
+    from seedvc_train.features.builtin import BuiltinFrontEnd
+    from seedvc_train.loop import Limits, train
+    from seedvc_train.model import build_model
+    from seedvc_train.randomness import seed_all
+    from seedvc_train.settings import Settings
+    from seedvc_train.state import TrainingState
+
+    sound, seed = config.preprocess_params, options["seed"]
+    device = _device(options["device"], options["gpu"])
+    corpus = scan(options["dataset_dir"], sound.sr)
+    click.echo(f"{len(corpus.clips)} clips, {corpus.seconds / 60:.1f} minutes")
+    for skipped in corpus.skipped:
+        click.echo(f"  skipped {skipped.path}: {skipped.reason}")
+    mel = MelSpectrogram(sound.sr, **sound.spect_params.model_dump())
+    front_end = BuiltinFrontEnd(config.model_params.length_regulator.in_channels, config.model_params.style_encoder.dim)
+    batch_size = options["batch_size"] or config.batch_size
+    settings = Settings.of(config, corpus, batch_size=batch_size, seed=seed, features="builtin")
+
+    def batches(epoch: int, position: int) -> Any:
+        order = EpochBatches(len(corpus.clips), batch_size, seed, epoch, position)
+        return loader(ClipDataset(corpus, mel, front_end, seed, epoch), order, options["num_workers"])
+
+    seed_all(seed)
+    from seedvc_train.optim import LEARNING_RATE
+
+    state = TrainingState.fresh(build_model(config.model_params).to(device), options["lr"] or LEARNING_RATE)
+    folder = os.path.join(log_dir, options["run_name"])
+    rules = [keep_last(options["keep_last"])]
+    if options["keep_every"]:
+        rules.append(keep_every(options["keep_every"]))
+    os.makedirs(folder, exist_ok=True)
+    with CheckpointStore(folder, retention=rules) as store:
+        run.begin(
+            state,
+            store,
+            settings,
+            resume=options["resume"],
+            pretrained=options["pretrained_ckpt"],
+            lr=options["lr"],
+            allow_changes=options["allow_changes"],
+            say=click.echo,
+        )
+        run.keep_config(folder, options["config"])
+        limits = Limits(options["max_steps"], options["max_epochs"], options["save_every"], config.log_interval)
+        code = train(state, batches, store, settings, limits, folder)
+        if code:
+            click.echo(f"stopped at step {state.step}, saved; start the same command again to go on")
+        else:
+            click.echo(f"done at step {state.step}: {run.publish_weights(store, click.echo)}")
+    return code
+
+
+def _device(device: str | None, gpu: int | None) -> torch.device:
+    """The device that was asked for, or the best there is. The CUDA and MPS branches were not run by the tests."""
+    import torch
+
+    if device in (None, "auto"):
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        device = f"cuda:{gpu}" if device == "cuda" and gpu is not None else device
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise click.UsageError(f"--device {device}: there is no such device; use cpu, cuda, cuda:N or mps") from None
+    available = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available() and (found.index or 0) < torch.cuda.device_count(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if not available.get(found.type):
+        raise click.UsageError(f"--device {device}: this machine or this build of torch has none; use --device cpu")
+    if found.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    return found
+
+
+def main() -> None:
+    """Run the command and exit."""
+    try:
+        sys.exit(command.main(standalone_mode=False, prog_name="seedvc-train"))
+    except click.exceptions.Abort:
+        click.echo("interrupted", err=True)
+        sys.exit(130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except ConfigError as error:
+        _fail(error, 2)
+    except (CheckpointError, OSError) as error:
+        _fail(error, 1)
+    except (ValueError, RuntimeError) as error:
+        if not type(error).__module__.startswith("seedvc_train."):
+            raise  # a defect, not a mistake of the user's
+        _fail(error, 1)
+
+
+def _fail(error: Exception, code: int) -> None:
+    click.echo(f"{click.style('error:', fg='red')} {error}", err=True)
+    sys.exit(code)

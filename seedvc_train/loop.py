@@ -1,0 +1,132 @@
+"""The training loop, to be read from top to bottom."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from seedvc_ckpt import CheckpointStore
+from seedvc_train.dataset import Batch
+from seedvc_train.interruption import Interruption
+from seedvc_train.metrics import MetricsLog
+from seedvc_train.model import draw_prompt_lens
+from seedvc_train.model.dit import length_mask
+from seedvc_train.optim import clip_gradients
+from seedvc_train.progress import Progress
+from seedvc_train.settings import Settings
+from seedvc_train.state import TrainingState
+
+__all__ = ["Limits", "TrainingError", "train", "training_loss"]
+
+
+class TrainingError(RuntimeError):
+    """Training that can't go on."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When to stop, to save and to log, in steps (epochs for `max_epochs`)."""
+
+    max_steps: int
+    max_epochs: int
+    save_every: int
+    log_every: int
+
+
+def train(
+    state: TrainingState,
+    batches: Callable[[int, int], Iterable[Batch]],
+    store: CheckpointStore,
+    settings: Settings,
+    limits: Limits,
+    folder: str,
+) -> int:
+    """Train until a limit is reached or a signal asks to stop, saving as it goes; return the exit code.
+
+    Args:
+        state: Where to begin; ends as the last step left it.
+        batches: The batches of an epoch from a position on.
+        store: Where checkpoints go.
+        settings: Saved with each of them.
+        limits: When to stop, save and log.
+        folder: Where ``metrics.jsonl`` is kept.
+
+    Raises:
+        TrainingError: if the loss is not finite any more; nothing is saved then.
+    """
+    device = next(state.model.parameters()).device
+    saved, stalled, since, logged = state.step, 0.0, time.monotonic(), state.step
+
+    def save() -> None:
+        nonlocal saved, stalled
+        began = time.monotonic()
+        metrics = {} if state.running_loss is None else {"loss": state.running_loss}
+        store.save(state.to_checkpoint(settings), step=state.step, epoch=state.epoch, metrics=metrics)
+        saved, stalled = state.step, stalled + time.monotonic() - began
+        progress.saved(saved)
+
+    with (
+        Interruption() as interruption,
+        MetricsLog(folder, state.step) as log,
+        Progress(state.step, limits.max_steps) as progress,
+    ):
+        while state.step < limits.max_steps and state.epoch < limits.max_epochs and not interruption.signal:
+            for batch in batches(state.epoch, state.position):
+                loss = training_loss(state.model, batch.to(device))
+                if not math.isfinite(loss.item()):
+                    raise TrainingError(_not_finite(loss.item(), state.step, saved))
+                state.model.zero_grad(set_to_none=True)
+                loss.backward()
+                clip_gradients(state.model)
+                for name, optimizer in state.optimizers.items():
+                    optimizer.step()
+                    state.schedulers[name].step()
+                state.advance(loss.item())
+                progress.step(loss.item())
+                if state.step % limits.save_every == 0:
+                    save()
+                if state.step % limits.log_every == 0:
+                    seconds = (time.monotonic() - since - stalled) / (state.step - logged)
+                    lr = state.optimizers["cfm"].param_groups[0]["lr"]
+                    log.write(
+                        step=state.step,
+                        epoch=state.epoch,
+                        loss=loss.item(),
+                        running_loss=state.running_loss,
+                        lr=lr,
+                        seconds_per_step=round(seconds, 6),
+                        seconds_stalled=round(stalled, 6),
+                    )
+                    progress.logged(state.step, loss.item())
+                    stalled, since, logged = 0.0, time.monotonic(), state.step
+                if state.step >= limits.max_steps or interruption.signal:
+                    break
+            else:
+                state.next_epoch()
+        if state.step > saved:
+            save()
+    return interruption.exit_code
+
+
+def training_loss(model: nn.ModuleDict, batch: Batch) -> torch.Tensor:
+    """The flow-matching loss of a batch, with content of the true voice in the prompt and of a shifted one after it."""
+    regulate, cfm = model["length_regulator"], model["cfm"]
+    prompt_lens = draw_prompt_lens(batch.mel_lens)
+    true = regulate(batch.content, ylens=batch.mel_lens, f0=batch.f0)
+    shifted = regulate(batch.shifted_content, ylens=batch.mel_lens, f0=batch.f0)
+    in_prompt = length_mask(prompt_lens, true.shape[1])[..., None]
+    cond = torch.where(in_prompt, true, shifted)
+    loss: torch.Tensor = cfm.loss(batch.mel, batch.mel_lens, prompt_lens, cond, batch.style)
+    return loss
+
+
+def _not_finite(loss: float, step: int, saved: int) -> str:
+    return (
+        f"the loss of step {step + 1} is {loss}; the weights are as step {step} left them and nothing was saved since "
+        f"step {saved}. Lower --lr, or look for broken clips in the data"
+    )

@@ -1,0 +1,54 @@
+"""What a person watching sees of a run."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+
+import click
+from tqdm import tqdm
+
+__all__ = ["Progress"]
+
+
+class Progress:
+    """A bar on a terminal, a line now and then where standard error is a file."""
+
+    def __init__(self, step: int, max_steps: int) -> None:
+        self._saved = "-"
+        self._first = step
+        self._max_steps = max_steps
+        self._began = time.monotonic()
+        self._terminal = sys.stderr.isatty()
+        self._bar = tqdm(
+            total=max_steps,
+            initial=step,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not self._terminal,
+            bar_format="{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{rate_fmt}, {remaining} left] {postfix}",
+        )
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.close()
+
+    def step(self, loss: float) -> None:
+        """A step is done."""
+        self._bar.set_postfix_str(f"loss {loss:.4f}, saved {self._saved}", refresh=False)
+        self._bar.update()
+
+    def saved(self, step: int) -> None:
+        """A checkpoint is durable."""
+        self._saved = str(step)
+
+    def logged(self, step: int, loss: float) -> None:
+        """A line of the log was written."""
+        if not self._terminal:
+            rate = (step - self._first) / (time.monotonic() - self._began)
+            click.echo(f"step {step}/{self._max_steps}  loss {loss:.4f}  {rate:.2f} steps/s  saved {self._saved}", err=True)

@@ -1,0 +1,151 @@
+"""A run's folder: where training begins in it, and what it leaves there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from seedvc_ckpt import CheckpointError, CheckpointNotFoundError, CheckpointStore
+from seedvc_ckpt.file import CheckpointFile
+from seedvc_ckpt.storage import open_storage
+from seedvc_train import metrics
+from seedvc_train.optim import set_learning_rate
+from seedvc_train.settings import Settings
+from seedvc_train.state import StateError, TrainingState, load_pretrained, recorded_settings
+
+__all__ = ["WEIGHTS", "ChangedRunError", "begin", "keep_config", "publish_weights"]
+
+WEIGHTS = "ft_model.pth"
+
+
+class ChangedRunError(ValueError):
+    """The run was started with other settings or data."""
+
+
+def begin(
+    state: TrainingState,
+    store: CheckpointStore,
+    settings: Settings,
+    *,
+    resume: str,
+    pretrained: str | None,
+    lr: float | None,
+    allow_changes: bool,
+    say: Callable[[str], None],
+) -> None:
+    """Put `state` where the run goes on: at a checkpoint of the store, at pretrained weights, or at step 0.
+
+    Args:
+        state: A fresh state, changed in place.
+        store: The run's checkpoints; damaged ones and, unless `resume` is "auto", later ones are set aside.
+        settings: What the run is to go on with.
+        resume: "auto" for the newest intact checkpoint, "never", or a step.
+        pretrained: Weights for a run that begins at step 0.
+        lr: The learning rate, where one was asked for.
+        allow_changes: Go on though settings or data changed.
+        say: Called with what happened, a line at a time.
+
+    Raises:
+        ChangedRunError: listing what changed.
+        StateError: if a checkpoint does not fit the model.
+        CheckpointError: if there are checkpoints but none can be used.
+    """
+    if resume == "never":
+        _set_all_aside(store, say)
+    elif resume != "auto":
+        for info in store.rewind(int(resume)):
+            say(f"set {info.name} aside: the run goes back to step {resume}")
+    found = store.resume()
+    if found is None:
+        say("starting at step 0")
+        if pretrained is not None:
+            _start_from(state, pretrained, say)
+        return
+    for info, reason in found.rejected:
+        say(f"set {info.name} aside, it is damaged: {reason}")
+    recorded = recorded_settings(found.state)
+    changes = recorded.changes(settings) if recorded else []
+    if changes and not allow_changes:
+        raise ChangedRunError(_refusal(store.location, found.info.name, changes))
+    try:
+        missing = state.restore(found.state)
+    except StateError as error:
+        raise StateError(
+            f"can't go on from {found.info.name} in {store.location}: {error}\nUse the config that it was trained "
+            "with, another --run-name, or start anew with --resume never"
+        ) from None
+    if state.step != found.info.step:
+        say(f"{found.info.name} says step {found.info.step} in its name and {state.step} inside; going by the inside")
+    if lr is not None:
+        set_learning_rate(state.optimizers, state.schedulers, lr)
+    say(f"resumed from step {state.step} ({found.info.name})")
+    if found.rejected:
+        say(f"  the {found.rejected[0][0].step - state.step} steps after it were lost with the damaged files")
+    for line in missing:
+        say(f"  not recorded there: {line}")
+    for line in changes:
+        say(f"  changed: {line}")
+    if recorded and recorded.moves_batches(settings):
+        state.position = 0
+        say(f"  epoch {state.epoch} starts over, since its batches are others now")
+
+
+def keep_config(folder: str, config: str) -> None:
+    """Copy the YAML into the run's folder under its own name; one of other contents there is set aside."""
+    storage, name = open_storage(folder), os.path.basename(config)
+    with open(config, "rb") as file:
+        content = file.read()
+    if storage.stat(name) is not None:
+        with open(os.path.join(folder, name), "rb") as file:
+            if file.read() == content:
+                return
+        storage.set_aside(name, "the run went on with another config of this name")
+    storage.publish(name, len(content), [memoryview(content)])
+
+
+def publish_weights(store: CheckpointStore, say: Callable[[str], None]) -> str:
+    """Export the newest checkpoint's weights as the run's ``ft_model.pth`` and return its path.
+
+    An older one of this run is replaced; any other is set aside first.
+    """
+    target = os.path.join(store.location, WEIGHTS)
+    if os.path.lexists(target) and not _is_ours(target, store):
+        moved = store.set_aside(WEIGHTS, "it was not exported from a checkpoint of this run")
+        say(f"kept the {WEIGHTS} that was here as {moved}")
+    return store.export(target, overwrite=True)
+
+
+def _is_ours(target: str, store: CheckpointStore) -> bool:
+    try:
+        manifest = CheckpointFile.at(target).manifest()
+    except CheckpointError:
+        return False
+    return manifest is not None and manifest.run == store.run_name and manifest.exported_from is not None
+
+
+def _set_all_aside(store: CheckpointStore, say: Callable[[str], None]) -> None:
+    infos = store.list()
+    names: list[str] = [info.name for info in infos]
+    names += [metrics.NAME] if infos else []
+    for name in names:
+        try:
+            store.set_aside(name, "the run was started anew with --resume never")
+        except CheckpointNotFoundError:
+            continue  # a run of Seed-VC's own trainer has no metrics
+    if infos:
+        say(f"set {len(infos)} checkpoints of an earlier run aside, in {store.location}/aside")
+
+
+def _start_from(state: TrainingState, pretrained: str, say: Callable[[str], None]) -> None:
+    checkpoint: Any = CheckpointFile.at(pretrained).load()
+    for line in load_pretrained(state.model, checkpoint, pretrained):
+        say(f"  {line}")
+
+
+def _refusal(location: str, name: str, changes: list[str]) -> str:
+    lines = "\n  ".join(changes)
+    return (
+        f"{name} in {location} was made with other settings, so going on would be another run:\n  {lines}\n"
+        "Set them back, accept them with --allow-changes, or start anew with --resume never or another --run-name"
+    )

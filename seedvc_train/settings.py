@@ -1,0 +1,82 @@
+"""What a run has to keep for its continuation to be the same run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from seedvc_train.config import Config
+from seedvc_train.dataset import Corpus
+
+__all__ = ["Settings"]
+
+_SHOWN = 8
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Config, options and data of a run, reduced to what changes its numbers.
+
+    Attributes:
+        values: Plain values by dotted names.
+        files: Digest of each clip's bytes, by its path in the data set.
+    """
+
+    values: dict[str, Any]
+    files: dict[str, str]
+
+    @classmethod
+    def of(cls, config: Config, corpus: Corpus, **options: Any) -> Settings:
+        """The settings of a run; `options` are those of the command line."""
+        sections = config.model_dump(mode="json", by_alias=True, include={"preprocess_params", "model_params"})
+        values = {**dict(_flat(sections)), **options}
+        return cls(values, {clip.path: clip.digest for clip in corpus.clips})
+
+    def to_plain(self) -> dict[str, Any]:
+        """The settings as a checkpoint keeps them; the file list as bytes, to keep the pickle small."""
+        lines = "".join(f"{digest} {path}\0" for path, digest in self.files.items())
+        listed = bytearray(lines.encode("utf-8", "surrogateescape"))
+        files = torch.frombuffer(listed, dtype=torch.uint8) if listed else torch.empty(0, dtype=torch.uint8)
+        return {"values": dict(self.values), "files": files}
+
+    @classmethod
+    def from_plain(cls, plain: dict[str, Any]) -> Settings:
+        """The settings that a checkpoint keeps."""
+        text = bytes(plain["files"].tolist()).decode("utf-8", "surrogateescape")
+        entries = (line.split(" ", 1) for line in text.split("\0") if line)
+        return cls(dict(plain["values"]), {path: digest for digest, path in entries})
+
+    def changes(self, now: Settings) -> list[str]:
+        """In words, what differs in `now`; empty when the run can go on as the same run."""
+        names = {**self.values, **now.values}
+        lines = [
+            f"{name}: {self.values.get(name, 'not set')} then, {now.values.get(name, 'not set')} now"
+            for name in names
+            if self.values.get(name) != now.values.get(name)
+        ]
+        files = [f"data: {path} is new" for path in now.files if path not in self.files]
+        files += [f"data: {path} is gone" for path in self.files if path not in now.files]
+        files += [
+            f"data: {path} has other contents"
+            for path, digest in self.files.items()
+            if now.files.get(path, digest) != digest
+        ]
+        if len(files) > _SHOWN:
+            rest = len(files) - _SHOWN
+            files = [*files[:_SHOWN], f"data: and {rest} more ({len(self.files)} clips then, {len(now.files)} now)"]
+        return lines + files
+
+    def moves_batches(self, now: Settings) -> bool:
+        """Whether the batches of an epoch are others now, so that a position in it means nothing."""
+        keys = ("seed", "batch_size")
+        return any(self.values.get(key) != now.values.get(key) for key in keys) or self.files != now.files
+
+
+def _flat(section: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    found = []
+    for key, value in section.items():
+        name = f"{prefix}{key}"
+        found += _flat(value, f"{name}.") if isinstance(value, dict) else [(name, value)]
+    return found
