@@ -8,7 +8,7 @@ checkpoint would then not be the model that its config promises.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
@@ -145,9 +145,7 @@ class ModelParams(_Section):
         Raises:
             ConfigError: with every problem and its place, such as `model_params.DiT.depth: missing`.
         """
-        if isinstance(params, ModelParams):
-            return params
-        return _checked(cls, _plain(params), model_conflicts, source="model_params", inside="model_params.")
+        return _checked(cls, params, model_conflicts, source="model_params", inside="model_params.")
 
 
 class Config(_Section):
@@ -169,7 +167,7 @@ class Config(_Section):
         Raises:
             ConfigError: with every problem and its place.
         """
-        return _checked(cls, _plain(config), config_conflicts, source=source)
+        return _checked(cls, config, config_conflicts, source=source)
 
 
 def load_config(path: str | os.PathLike[str]) -> Config:
@@ -192,7 +190,7 @@ def _read_yaml(name: str) -> object:
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
         with open(name, "rb") as file:
-            content = _plain(yaml.load(file, Loader=loader))  # noqa: S506 - either loader is a safe one
+            content: object = yaml.load(file, Loader=loader)  # noqa: S506 - either loader is a safe one
     except FileNotFoundError as error:
         raise ConfigError(f"{name}: no such config file") from error
     except IsADirectoryError as error:
@@ -200,7 +198,7 @@ def _read_yaml(name: str) -> object:
     except OSError as error:
         raise ConfigError(f"{name}: cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        # A date such as 2024-13-45 is a plain ValueError, an alias inside its own anchor a RecursionError.
+        # A date such as 2024-13-45 is a plain ValueError, deep nesting without libyaml a RecursionError.
         raise ConfigError(f"{name}: not valid YAML: {' '.join(str(error).split())}") from error
     return content
 
@@ -221,20 +219,11 @@ def _checked(
         checked = kind.model_validate(raw)
     except ValidationError as error:
         found = error.errors(include_url=False)
-        problems = [f"{(inside + _place(e['loc'])).rstrip('.')}: {_what(e)}" for e in found]
+        problems = [f"{(inside + _place(e['loc'])).rstrip('.') or source}: {_what(e)}" for e in found]
     problems += [f"{inside}{place}: {what}" for place, what in conflicts(raw)]
     if checked is None or problems:
         raise ConfigError("\n  ".join([f"{source}: not a config that can be trained", *problems]))
     return checked
-
-
-def _plain(value: object) -> object:
-    """Nested mappings and sequences of any class as dicts and lists, which is what pydantic accepts."""
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
-        return [_plain(item) for item in value]
-    return value
 
 
 def _place(location: tuple[int | str, ...]) -> str:
