@@ -16,7 +16,7 @@ class Progress:
     """A bar on a terminal, a line now and then where standard error is a file."""
 
     def __init__(self, step: int, max_steps: int) -> None:
-        self._saved = "-"
+        self._saved = str(step or "-")
         self._first = step
         self._max_steps = max_steps
         self._began = time.monotonic()

@@ -1,0 +1,55 @@
+"""Small training runs for the tests: a corpus of made-up speech and the command, in this process or in one of its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from click.testing import CliRunner, Result
+
+from seedvc_train.cli import command
+
+DATA = Path(__file__).parent.parent / "data"
+GENUINE = DATA / "run_from_seedvc"
+CONFIG = GENUINE / "config_dit_mini.yml"
+
+
+def arguments(recordings: Path, logs: Path, **options: object) -> list[str]:
+    """The command's arguments: few short steps of a mini model unless `options` say otherwise."""
+    given = {
+        "config": CONFIG,
+        "dataset_dir": recordings,
+        "log_dir": logs,
+        "run_name": "run",
+        "max_steps": 6,
+        "save_every": 3,
+        "lr": 1e-3,
+        **options,
+    }
+    words = []
+    for name, value in given.items():
+        flag = f"--{name.replace('_', '-')}"
+        words += [flag] if value is True else [] if value is None else [flag, str(value)]
+    return words
+
+
+def train(recordings: Path, logs: Path, **options: object) -> Result:
+    """Run the command in this process."""
+    return CliRunner().invoke(command, arguments(recordings, logs, **options), standalone_mode=False)
+
+
+def start(recordings: Path, logs: Path, **options: object) -> subprocess.Popen[str]:
+    """Start the command in a process group of its own."""
+    words = [sys.executable, "-m", "seedvc_train", *arguments(recordings, logs, **options)]
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def metrics(run: Path) -> list[dict[str, float]]:
+    """The whole lines of a run's log."""
+    try:
+        lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    except FileNotFoundError:
+        return []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
