@@ -90,12 +90,12 @@ class Manifest(BaseModel):
             manifest = cls.model_validate_json(data)
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False)[0]
-            place = ".".join(map(str, first["loc"]))
+            place = ".".join(map(str, first["loc"]))[:100]
             raise CorruptCheckpointError(
                 name, "the manifest", f"not readable: {place + ': ' if place else ''}{first['msg']}"
             ) from None
         if manifest.schema_version > SCHEMA_VERSION or manifest.requires:
-            needs = ", ".join(manifest.requires) or f"schema {manifest.schema_version}"
+            needs = ", ".join(manifest.requires)[:100] or f"schema {manifest.schema_version}"
             raise UnsafeCheckpointError(
                 f"{name} was written by a newer seedvc-ckpt ({manifest.library or 'version unknown'}) and needs "
                 f"{needs}, which this version does not know: upgrade with pip install -U seedvc-ckpt"

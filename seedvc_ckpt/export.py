@@ -10,7 +10,6 @@ from seedvc_ckpt.checkpoint import Manifest, library_version
 from seedvc_ckpt.errors import CheckpointExistsError, ExportError
 from seedvc_ckpt.file import CheckpointFile, run_name
 from seedvc_ckpt.format import contents
-from seedvc_ckpt.format.archive import Archive
 from seedvc_ckpt.format.contents import TensorRef
 from seedvc_ckpt.storage import open_parent
 
@@ -65,7 +64,7 @@ def export(
         chosen = _weights(archive.source.name, tree, weights)
         if expected is not None:
             _compare(archive.source.name, chosen, expected)
-        manifest = _manifest(source, archive, tree)
+        manifest = _manifest(source, tree)
         encoded = encode(archive, chosen, manifest, kind, allow_non_finite=allow_non_finite)
         try:
             storage.publish(name, encoded.size, encoded, overwrite=overwrite)
@@ -80,8 +79,8 @@ def _taken(target: str | os.PathLike[str]) -> CheckpointExistsError:
     )
 
 
-def _manifest(source: CheckpointFile, archive: Archive, tree: Any) -> Manifest:
-    known = archive.manifest()
+def _manifest(source: CheckpointFile, tree: Any) -> Manifest:
+    known = source.manifest()
     if known is None:
         step, epoch = tree.get("iters"), tree.get("epoch")
         known = Manifest(

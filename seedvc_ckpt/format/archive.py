@@ -14,20 +14,21 @@ from seedvc_ckpt.format import Source
 from seedvc_ckpt.format import zipbytes as zb
 from seedvc_ckpt.format.zipbytes import Record
 
-__all__ = ["MANIFEST", "PICKLE", "ROOT", "Archive", "read"]
+__all__ = ["MANIFEST", "MAX_MANIFEST", "MAX_PICKLE", "MAX_RECORDS", "PICKLE", "ROOT", "Archive", "read"]
 
 ROOT = "archive"
 PICKLE = "data.pkl"
 MANIFEST = "seedvc_ckpt.json"
 
-_MAX_RECORDS = 1 << 18
-_MAX_PICKLE = 64 << 20
-_MAX_MANIFEST = 1 << 20
+MAX_RECORDS = 1 << 18
+MAX_PICKLE = 64 << 20
+MAX_MANIFEST = 1 << 20
+_MAX_DIRECTORY = 64 << 20
 _TAIL = 64 << 10
 _CHUNK = 4 << 20
 _KNOWN_FLAGS = 0x0808  # sizes after the data, names in UTF-8: what torch itself sets
 _DESCRIPTOR_FLAG = 0x0008
-_LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"
+_LEGACY_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"  # after the pickle's protocol and, in some, its length
 
 
 @dataclass(frozen=True)
@@ -79,11 +80,11 @@ class Archive:
         """What the file says of itself; None in files of others."""
         if not self.ours:
             return None
-        return Manifest.from_json(self.content(MANIFEST, _MAX_MANIFEST), self.source.name)
+        return Manifest.from_json(self.content(MANIFEST, MAX_MANIFEST), self.source.name)
 
     def pickle(self) -> bytes:
         """The pickle that describes the state."""
-        return self.content(PICKLE, _MAX_PICKLE)
+        return self.content(PICKLE, MAX_PICKLE)
 
     def content(self, name: str, limit: int) -> bytes:
         """The bytes of a small record, checked against their CRC-32."""
@@ -207,7 +208,7 @@ def _find_directory(source: Source) -> tuple[int, int, int, bytes]:
     if tail[: -zb.END.size][-zb.ZIP64_LOCATOR.size :].startswith(zb.ZIP64_LOCATOR_SIGNATURE):
         # torch writes the zip64 records whether the numbers need them or not
         offset, size, count, end = _zip64_end(source, end)
-    if offset + size != end or not 0 < count <= _MAX_RECORDS:
+    if offset + size != end or size > _MAX_DIRECTORY or not 0 < count <= MAX_RECORDS:
         raise _corrupt(source, "the zip directory", f"{count} records, {size} bytes at {offset}: does not fit the file")
     at = offset - (source.size - len(tail))
     return offset, size, count, tail[at : at + size] if at >= 0 else b""
@@ -230,7 +231,7 @@ def _zip64_end(source: Source, end: int) -> tuple[int, int, int, int]:
 
 def _no_directory(source: Source) -> CorruptCheckpointError | UnsafeCheckpointError:
     head = read(source, 0, min(source.size, 512))
-    if head.startswith(_LEGACY_MAGIC) or head[257:262] == b"ustar":
+    if _LEGACY_MAGIC in head[:32] or head[257:262] == b"ustar":
         return UnsafeCheckpointError(
             f"{source.name} is in torch's format of before 1.6, which can't be read without risk: open it once with "
             "the program that wrote it and save it again with a torch of 1.6 or newer"

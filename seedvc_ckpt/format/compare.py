@@ -13,9 +13,11 @@ import torch
 
 from seedvc_ckpt.format.archive import Archive
 from seedvc_ckpt.format.contents import CONTAINERS, Path, TensorRef, children, path_text, read_tree
-from seedvc_ckpt.format.records import memory_of, new_storage
+from seedvc_ckpt.format.reading import TensorReader
 
 __all__ = ["Difference", "compare"]
+
+_FITS_INT64 = 2.0**62
 
 
 @dataclass(frozen=True)
@@ -44,68 +46,69 @@ def compare(first: Archive, second: Archive) -> Iterator[Difference]:
     Raises:
         CorruptCheckpointError: if a tensor is damaged.
     """
-    yield from _compare(first, second, read_tree(first), read_tree(second), ())
+    yield from _Comparison(first, second).values(read_tree(first), read_tree(second), ())
 
 
-def _compare(first: Archive, second: Archive, one: Any, other: Any, path: Path) -> Iterator[Difference]:
-    if _kind(one) is not _kind(other):
-        yield Difference(path_text(path), f"{_described(one)} in the first, {_described(other)} in the second")
-    elif isinstance(one, TensorRef):
-        yield from _compare_tensors(first, second, one, other, path)
-    elif type(one) in CONTAINERS:
-        yield from _compare_containers(first, second, one, other, path)
-    elif not _same(one, other):
-        yield Difference(path_text(path), f"{_described(one)} in the first, {_described(other)} in the second")
+class _Comparison:
+    def __init__(self, first: Archive, second: Archive) -> None:
+        self.readers = TensorReader(first), TensorReader(second)
+        self.known: dict[tuple[TensorRef, TensorRef], tuple[int, float]] = {}
+
+    def values(self, one: Any, other: Any, path: Path) -> Iterator[Difference]:
+        if _kind(one) is not _kind(other):
+            yield _unlike(one, other, path)
+        elif isinstance(one, TensorRef):
+            yield from self.tensors(one, other, path)
+        elif type(one) in CONTAINERS:
+            yield from self.containers(one, other, path)
+        elif not _same(one, other):
+            yield _unlike(one, other, path)
+
+    def containers(self, one: Any, other: Any, path: Path) -> Iterator[Difference]:
+        left, right = dict(children(one)), dict(children(other))
+        for key, value in left.items():
+            if key in right:
+                yield from self.values(value, right[key], (*path, key))
+            else:
+                yield Difference(path_text((*path, key)), f"{_described(value)} in the first only")
+        for key, value in right.items():
+            if key not in left:
+                yield Difference(path_text((*path, key)), f"{_described(value)} in the second only")
+
+    def tensors(self, one: TensorRef, other: TensorRef, path: Path) -> Iterator[Difference]:
+        if (one.dtype, one.shape) != (other.dtype, other.shape):
+            yield _unlike(one, other, path)
+            return
+        if (one, other) not in self.known:
+            left, right = (
+                reader.elements(ref, path_text(path)) for reader, ref in zip(self.readers, (one, other), strict=True)
+            )
+            self.known[one, other] = _differing(left, right)
+        count, largest = self.known[one, other]
+        if count:
+            what = f"{count:,} of {one.numel:,} elements differ, by at most {largest:.3g}"
+            yield Difference(path_text(path), what, count, largest)
 
 
-def _compare_containers(
-    first: Archive,
-    second: Archive,
-    one: Any,
-    other: Any,
-    path: Path,
-) -> Iterator[Difference]:
-    left, right = dict(children(one)), dict(children(other))
-    for key, value in left.items():
-        if key in right:
-            yield from _compare(first, second, value, right[key], (*path, key))
-        else:
-            yield Difference(path_text((*path, key)), f"{_described(value)} in the first only")
-    for key, value in right.items():
-        if key not in left:
-            yield Difference(path_text((*path, key)), f"{_described(value)} in the second only")
+def _unlike(one: Any, other: Any, path: Path) -> Difference:
+    return Difference(path_text(path), f"{_described(one)} in the first, {_described(other)} in the second")
 
 
-def _compare_tensors(
-    first: Archive, second: Archive, one: TensorRef, other: TensorRef, path: Path
-) -> Iterator[Difference]:
-    if (one.dtype, one.shape) != (other.dtype, other.shape):
-        yield Difference(path_text(path), f"{_described(one)} in the first, {_described(other)} in the second")
-        return
-    left, right = _read(first, one, path), _read(second, other, path)
+def _differing(left: torch.Tensor, right: torch.Tensor) -> tuple[int, float]:
+    """How many elements differ in a bit, and the largest difference of two."""
     bits = (left.numel(), left.element_size())
     changed = (left.view(torch.uint8).reshape(bits) != right.view(torch.uint8).reshape(bits)).any(dim=1)
-    if not changed.any():
-        return
-    wide = torch.complex128 if left.is_complex() else torch.float64
-    largest = float((left[changed].to(wide) - right[changed].to(wide)).abs().max())
     count = int(changed.sum())
-    yield Difference(
-        path_text(path),
-        f"{count:,} of {left.numel():,} elements differ, by at most {largest:.3g}",
-        count,
-        largest,
-    )
-
-
-def _read(archive: Archive, ref: TensorRef, path: Path) -> torch.Tensor:
-    """The tensor's elements, flat and dense."""
-    record = f"data/{ref.storage.key}"
-    storage = new_storage(archive.records[record].size)
-    archive.fill(record, memory_of(storage), holds=path_text(path))
-    tensor = torch.empty(0, dtype=getattr(torch, ref.dtype))
-    tensor.set_(storage, ref.offset, ref.shape, ref.stride)
-    return tensor.contiguous().flatten()
+    if not count:
+        return 0, 0.0
+    left, right = left[changed], right[changed]
+    wide = torch.complex128 if left.is_complex() else torch.float64
+    distance = (left.to(wide) - right.to(wide)).abs()
+    if left.dtype in (torch.int64, torch.uint64):
+        # float64 rounds large numbers; where they are close to each other, whole numbers tell how close
+        exact = (left.view(torch.int64) - right.view(torch.int64)).abs().to(wide)
+        distance = torch.where(distance < _FITS_INT64, exact, distance)
+    return count, float(distance.max())
 
 
 def _kind(value: Any) -> type:

@@ -29,7 +29,7 @@ __all__ = [
 MAX_DEPTH = 200
 """How deep a state may nest; pickling a deeper one would overflow the interpreter's stack."""
 
-_MAX_VALUES = 5_000_000
+_MAX_VALUES = 2_000_000
 CONTAINERS = (dict, OrderedDict, Counter, list, tuple)
 _LEAVES = (type(None), bool, int, float, complex, str, bytes, bytearray, set)
 
@@ -83,12 +83,12 @@ class TorchValue:
     """A ``torch.dtype``, ``torch.device`` or ``torch.Size`` in a tree that was read without torch."""
 
     kind: str
-    arguments: tuple[Any, ...]
+    argument: Any
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         if self.kind == "dtype":
-            return f"torch.{self.arguments[0]}"
-        return f"torch.{self.kind}({', '.join(map(repr, self.arguments))})"
+            return f"torch.{self.argument}"
+        return f"torch.{self.kind}({self.argument!r})"
 
 
 class _RefBuilder:
@@ -110,8 +110,8 @@ class _RefBuilder:
         place = (tensor.storage, tensor.dtype, tensor.offset, tensor.shape, tensor.stride)
         return TensorRef(*place, requires_grad=requires_grad, parameter=True)
 
-    def value(self, kind: str, arguments: tuple[Any, ...]) -> TorchValue:
-        return TorchValue(kind, arguments)
+    def value(self, kind: str, argument: Any) -> TorchValue:
+        return TorchValue(kind, argument)
 
 
 def read_tree(archive: Archive) -> Any:
@@ -153,13 +153,15 @@ def children(value: Any) -> Iterator[tuple[Any, Any]]:
         yield from enumerate(value)
 
 
-def walk(tree: Any, at: Path = ()) -> Iterator[tuple[Path, Any]]:
+def walk(tree: Any) -> Iterator[tuple[Path, Any]]:
     """Each leaf with its path, in order. Empty containers count as leaves."""
-    if type(tree) not in CONTAINERS or not tree:
-        yield at, tree
-        return
-    for key, child in children(tree):
-        yield from walk(child, (*at, key))
+    waiting: list[tuple[Path, Any]] = [((), tree)]
+    while waiting:
+        at, value = waiting.pop()
+        if type(value) in CONTAINERS and value:
+            waiting.extend(reversed([((*at, key), child) for key, child in children(value)]))
+        else:
+            yield at, value
 
 
 def path_text(path: Path) -> str:

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from seedvc_ckpt.errors import UnsafeCheckpointError
+from seedvc_ckpt.errors import CheckpointError, UnsafeCheckpointError
 from seedvc_ckpt.format.contents import CONTAINERS, MAX_DEPTH, Path, TensorRef, children, path_text
 from seedvc_ckpt.format.unpickle import ITEM_SIZES, STORAGE_TYPES, Storage
 
-__all__ = ["RecordSource", "collect_tensors", "dtype_name", "lay_out", "memory_of", "new_storage"]
+__all__ = ["RecordSource", "collect_tensors", "dtype_name", "lay_out", "memory_of", "new_storage", "typed_storage"]
 
 _SPARED = 64 << 10  # gaps that a strided view may carry along before it is packed, bytes
 
@@ -112,8 +112,17 @@ def lay_out(tensors: Iterable[torch.Tensor]) -> tuple[dict[int, TensorRef], list
 
 
 def new_storage(nbytes: int) -> torch.UntypedStorage:
-    """CPU memory, not initialised."""
-    return torch.empty(nbytes, dtype=torch.uint8).untyped_storage()
+    """CPU memory, not initialised.
+
+    Raises:
+        CheckpointError: if there is not enough.
+    """
+    try:
+        return torch.empty(nbytes, dtype=torch.uint8).untyped_storage()
+    except RuntimeError:
+        raise CheckpointError(
+            f"no memory for a tensor of {nbytes:,} bytes: load with mmap=True, which reads what is used"
+        ) from None
 
 
 def memory_of(storage: torch.UntypedStorage) -> memoryview:
@@ -166,7 +175,7 @@ def _ref(tensor: torch.Tensor, storage: Storage, offset: int, stride: tuple[int,
 
 
 def _packed_record(tensor: torch.Tensor, key: str) -> tuple[Storage, RecordSource]:
-    storage = _typed(key, {dtype_name(tensor)}, tensor.numel() * tensor.element_size())
+    storage = typed_storage(key, {dtype_name(tensor)}, tensor.numel() * tensor.element_size())
 
     def read() -> memoryview:
         packed = tensor.detach().to("cpu", memory_format=torch.contiguous_format).contiguous()
@@ -181,7 +190,7 @@ def _shared_record(extent: _Extent, key: str) -> tuple[Storage, RecordSource, in
     dtypes = {dtype_name(member) for member in extent.members}
     # elements of every type must begin at multiples of their size
     start = base + (extent.start - base) // 16 * 16 if len(dtypes) > 1 else extent.start
-    storage = _typed(key, dtypes, extent.end - start)
+    storage = typed_storage(key, dtypes, extent.end - start)
 
     def read() -> memoryview:
         if first.device.type == "cpu":
@@ -193,7 +202,7 @@ def _shared_record(extent: _Extent, key: str) -> tuple[Storage, RecordSource, in
     return storage, RecordSource(f"data/{key}", storage.nbytes, read), start
 
 
-def _typed(key: str, dtypes: set[str], nbytes: int) -> Storage:
+def typed_storage(key: str, dtypes: set[str], nbytes: int) -> Storage:
     """The storage that torch's own files would have for these types."""
     (dtype,) = dtypes if len(dtypes) == 1 else {"uint8"}
     kind = dtype if dtype in STORAGE_TYPES else "uint8"

@@ -16,7 +16,7 @@ from seedvc_ckpt.checkpoint import Manifest
 from seedvc_ckpt.errors import UnsafeCheckpointError
 from seedvc_ckpt.format import contents
 from seedvc_ckpt.format import zipbytes as zb
-from seedvc_ckpt.format.archive import MANIFEST, PICKLE, ROOT, Archive
+from seedvc_ckpt.format.archive import MANIFEST, MAX_MANIFEST, MAX_PICKLE, MAX_RECORDS, PICKLE, ROOT, Archive
 from seedvc_ckpt.format.contents import CONTAINERS, Path, TensorRef, children, path_text
 from seedvc_ckpt.format.records import RecordSource, collect_tensors, lay_out, memory_of, new_storage
 from seedvc_ckpt.format.unpickle import STORAGE_TYPES, Storage, unpickle
@@ -73,8 +73,8 @@ def encode(state: Any, manifest: Manifest) -> Encoded:
 
 def encode_tree(tree: Any, records: list[RecordSource], manifest: Manifest) -> Encoded:
     """A tree of plain values and `TensorRef` leaves as a file, its tensors' records given."""
-    tensors = sum(isinstance(leaf, TensorRef) for _, leaf in contents.walk(tree))
-    return _encoded(_checked_pickle(tree, {}), tensors, records, manifest)
+    tensors = {id(leaf) for _, leaf in contents.walk(tree) if isinstance(leaf, TensorRef)}
+    return _encoded(_checked_pickle(tree, {}), len(tensors), records, manifest)
 
 
 def decode(
@@ -95,17 +95,19 @@ def decode(
     data, name = archive.pickle(), archive.source.name
     tree = contents.read_tree(archive)
     holds = contents.storage_names(tree)
-    storages = {leaf.storage.key: leaf.storage for _, leaf in contents.walk(tree) if isinstance(leaf, TensorRef)}
+    keys = {
+        f"data/{leaf.storage.key}": leaf.storage.key for _, leaf in contents.walk(tree) if isinstance(leaf, TensorRef)
+    }
     read = _mapped_reader(archive) if mmap else _copying_reader(archive)
     if verify:
         archive.check_layout()
         for record in archive.records:
-            if record.removeprefix("data/") not in storages:
+            if record not in keys:
                 archive.verify_record(record)
     device = torch.device(map_location)
     loaded = {}
-    for key in storages:
-        storage = read(f"data/{key}", verify, holds(f"data/{key}"))
+    for record, key in keys.items():
+        storage = read(record, verify, holds(record))
         loaded[key] = storage if device.type == "cpu" else _moved(storage, device)
     return unpickle(data, _TensorBuilder(loaded), name)
 
@@ -133,10 +135,10 @@ class _TensorBuilder:
     def parameter(self, tensor: Any, *, requires_grad: bool) -> torch.nn.Parameter:
         return torch.nn.Parameter(tensor.detach(), requires_grad=requires_grad)
 
-    def value(self, kind: str, arguments: tuple[Any, ...]) -> Any:
+    def value(self, kind: str, argument: Any) -> Any:
         if kind == "dtype":
-            return getattr(torch, arguments[0])
-        return {"device": torch.device, "Size": torch.Size}[kind](*arguments)
+            return getattr(torch, argument)
+        return {"device": torch.device, "Size": torch.Size}[kind](argument)
 
 
 class _Pickler(pickle.Pickler):
@@ -192,6 +194,11 @@ def _encoded(data: bytes, tensors: int, records: list[RecordSource], manifest: M
     )
     # what a reader needs first stands at the end, next to the directory: one read fetches it all
     small = {"version": b"3\n", "byteorder": b"little", PICKLE: data, MANIFEST: manifest.to_json()}
+    if len(small[MANIFEST]) > MAX_MANIFEST or len(records) + len(small) > MAX_RECORDS:
+        raise UnsafeCheckpointError(
+            f"a checkpoint has at most {MAX_RECORDS:,} records and {MAX_MANIFEST:,} bytes of manifest: this one would "
+            f"have {len(records) + len(small):,} and {len(small[MANIFEST]):,}. Stack tensors, or give fewer metrics"
+        )
     return Encoded([*records, *(_constant(name, content) for name, content in small.items())], manifest)
 
 
@@ -222,6 +229,11 @@ def _pickle_and_read(state: Any, refs: Mapping[int, TensorRef]) -> bytes:
     _Pickler(buffer, refs).dump(state)
     data = buffer.getvalue()
     contents.parse(data, "the state")
+    if len(data) > MAX_PICKLE:
+        raise UnsafeCheckpointError(
+            f"the state: {len(data):,} bytes besides its tensors, more than the {MAX_PICKLE:,} that are read: make "
+            "tensors of large lists, strings and bytes"
+        )
     return data
 
 

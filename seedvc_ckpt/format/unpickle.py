@@ -6,12 +6,15 @@ nothing and calls nothing that a file chooses. What tensors become is up to a `B
 
 from __future__ import annotations
 
+import math
 import pickle
+import re
 import struct
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Iterable, Sized
 from dataclasses import dataclass
-from typing import Any, Protocol
+from itertools import islice
+from typing import Any, Protocol, TypeVar
 
 from seedvc_ckpt.errors import UnsafeCheckpointError
 
@@ -24,7 +27,6 @@ ITEM_SIZES = {
     **dict.fromkeys(["uint64", "int64", "float64", "complex64"], 8),
     "complex128": 16,
     **dict.fromkeys(["float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu"], 1),
-    "float4_e2m1fn_x2": 1,
 }
 """Bytes of one element of each torch dtype that a checkpoint may hold."""
 
@@ -44,8 +46,15 @@ STORAGE_TYPES = {
 }
 """torch's storage class for each dtype that has one; tensors of other dtypes sit in untyped storages."""
 
+_DIFFERENTIABLE = re.compile("b?float|complex")
 _STORAGE_DTYPES = {name: dtype for dtype, name in STORAGE_TYPES.items()}
 _MAX_OPERATIONS = 2_000_000  # more than any model's state needs; bounds time and memory of a hostile pickle
+_MAX_UNFOLDED = 1 << 30  # bytes that a tensor whose elements share memory may have; bounds what copying it takes
+_MAX_NUMBER = 1 << 62
+_MAX_DIMENSIONS = 64
+_MAX_KEY_ITEMS = 16
+_MAX_TUPLE_KEYS = 10_000  # keys chosen to collide take quadratic time
+_DEVICE = re.compile(r"[a-z]{1,20}(:[0-9]{1,2})?")
 
 
 @dataclass(frozen=True)
@@ -86,8 +95,12 @@ class Builder(Protocol):
     def parameter(self, tensor: Any, *, requires_grad: bool) -> Any:
         """A ``torch.nn.Parameter`` over a tensor of this builder."""
 
-    def value(self, kind: str, arguments: tuple[Any, ...]) -> Any:
-        """A ``torch.dtype``, ``torch.device`` or ``torch.Size``; `kind` is the name below ``torch``."""
+    def value(self, kind: str, argument: Any) -> Any:
+        """A ``torch.dtype`` or ``torch.device`` from its name, or a ``torch.Size`` from a tuple of lengths."""
+
+
+_Kind = TypeVar("_Kind")
+_Sized = TypeVar("_Sized", bound=Sized)
 
 
 class _RefusedError(Exception):
@@ -126,6 +139,7 @@ def unpickle(data: bytes, builder: Builder, name: str) -> Any:
         TypeError,
         ValueError,
         OverflowError,
+        RuntimeError,
     ) as problem:
         raise UnsafeCheckpointError(f"{name}: its pickle is malformed ({problem}); nothing was loaded") from None
 
@@ -138,13 +152,13 @@ def list_globals(data: bytes) -> list[str]:
     import pickletools
 
     found: set[str] = set()
-    strings = ["?", "?"]
+    strings = deque(["?", "?"], maxlen=2)
     try:
-        for operation, argument, _ in pickletools.genops(data):
+        for operation, argument, _ in islice(pickletools.genops(data), _MAX_OPERATIONS):
             if operation.name in ("GLOBAL", "INST"):
                 found.add(str(argument).replace(" ", ".", 1))
             elif operation.name == "STACK_GLOBAL":
-                found.add(".".join(strings[-2:]))
+                found.add(".".join(strings))
             elif isinstance(argument, str):
                 strings.append(argument)
     except Exception as error:  # noqa: BLE001 - pickletools raises many kinds for a damaged pickle
@@ -163,6 +177,9 @@ class _Machine:
         self.marks: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
         self.storages: dict[str, Storage] = {}
+        self.dtypes: dict[str, Any] = {}
+        self.tuple_keys = 0
+        self.copyable = 2 * len(data)
 
     def run(self) -> Any:
         data, operations = self.data, _OPERATIONS
@@ -231,11 +248,42 @@ class _Machine:
 
     def set_item(self) -> None:
         value, key = self.stack.pop(), self.stack.pop()
-        _set_items(self.stack[-1], [key], [value])
+        self.fill(self.stack[-1], [key], [value])
 
     def set_items(self) -> None:
         items = self.pop_mark()
-        _set_items(self.stack[-1], items[0::2], items[1::2])
+        self.fill(self.stack[-1], items[0::2], items[1::2])
+
+    def fill(self, target: Any, keys: Iterable[Any], values: Iterable[Any]) -> None:
+        if type(target) not in (dict, OrderedDict):
+            raise _RefusedError(f"its pickle uses a {type(target).__name__} as a dict")
+        for key, value in zip(keys, values, strict=True):
+            target[self.hashable(key)] = _plain(value)
+
+    def hashable(self, key: Any) -> Any:
+        # nested tuples are left out: hashing a deeply shared one takes exponential time
+        items = (key,)
+        if type(key) is tuple:
+            items = key[: _MAX_KEY_ITEMS + 1]
+            self.tuple_keys += 1
+        if len(items) > _MAX_KEY_ITEMS or self.tuple_keys > _MAX_TUPLE_KEYS:
+            raise _RefusedError(f"it has a key of more than {_MAX_KEY_ITEMS} items, or {_MAX_TUPLE_KEYS:,} such keys")
+        for item in items:
+            if type(item) is int and not -_MAX_NUMBER < item < _MAX_NUMBER:
+                raise _RefusedError("it has a whole number beyond 62 bits as a key")
+            if item is not None and type(item) not in (str, int, float, bool, bytes):
+                raise _RefusedError(
+                    f"it has a key with a {type(item).__name__}: only numbers, strings and tuples of them are"
+                )
+        return key
+
+    def copied(self, argument: Any, kind: type[_Sized]) -> _Sized:
+        """An argument to be copied: all of them together are small unless the pickle repeats some."""
+        found = _exactly(argument, kind)
+        self.copyable -= len(found)
+        if self.copyable < 0:
+            raise _RefusedError("its pickle copies the same values again and again")
+        return found
 
     def tuple_from_mark(self) -> None:
         items = self.pop_mark()
@@ -251,13 +299,18 @@ class _Machine:
         module, name = self.line(), self.line()
         found = _GLOBALS.get((module, name))
         if found is None:
-            raise _RefusedError(f"it asks for {module}.{name}, which is not on the list of plain data")
-        self.stack.append(found if found.call else self.builder.value("dtype", (found.dtype,)))
+            raise _RefusedError(f"it asks for {_shown(module + '.' + name)}, which is not on the list of plain data")
+        self.stack.append(found if found.call else self.dtype(found.dtype))
+
+    def dtype(self, name: str) -> Any:
+        if name not in self.dtypes:
+            self.dtypes[name] = self.builder.value("dtype", name)
+        return self.dtypes[name]
 
     def reduce(self) -> None:
         arguments, function = _exactly(self.stack.pop(), tuple), self.stack.pop()
         if not isinstance(function, _Global) or function.call is None:
-            raise _RefusedError(f"its pickle calls {function!r}")
+            raise _RefusedError(f"its pickle calls {_shown(function)}")
         self.stack.append(function.call(self, *arguments))
 
     def build(self) -> None:
@@ -270,12 +323,13 @@ class _Machine:
     def persistent(self) -> None:
         identity = _exactly(self.stack.pop(), tuple)
         if len(identity) != 5 or identity[0] != "storage":
-            raise _RefusedError(f"its pickle refers to {identity[:1]!r}, which is no tensor's storage")
+            what = _shown(identity[0]) if identity else "nothing"
+            raise _RefusedError(f"its pickle refers to {what}, which is no tensor's storage")
         _, kind, key, _, count = identity
         if not isinstance(kind, _Global) or not kind.dtype:
-            raise _RefusedError(f"its pickle has a storage of an unknown kind, {kind!r}")
-        if not (isinstance(key, str) and key.isascii() and key.isalnum()) or _integer(count) < 0:
-            raise _RefusedError(f"its pickle has a storage with key {key!r} and {count!r} elements")
+            raise _RefusedError(f"its pickle has a storage of an unknown kind, {_shown(kind)}")
+        if not (type(key) is str and key.isascii() and key.isalnum()) or not 0 <= _integer(count) < _MAX_NUMBER:
+            raise _RefusedError(f"its pickle has a storage with key {_shown(key)} and {count} elements")
         storage = self.storages.setdefault(key, Storage(key, kind.dtype, count))
         if (storage.dtype, storage.numel) != (kind.dtype, count):
             raise _RefusedError(f"its pickle describes the storage {key} in two ways")
@@ -291,9 +345,9 @@ class _Machine:
         storage, offset, shape, stride, requires_grad, hooks, dtype, *rest = arguments
         if any(rest) or hooks or not isinstance(storage, Storage) or storage.dtype != "uint8":
             raise _RefusedError("it has a tensor with hooks, conjugation or other unusual parts")
-        name = str(dtype).removeprefix("torch.")
-        if name not in ITEM_SIZES:
-            raise _RefusedError(f"it has a tensor of the unknown type {dtype!r}")
+        name = next((name for name, known in self.dtypes.items() if known is dtype), None)
+        if name is None:
+            raise _RefusedError(f"it has a tensor of the unknown type {_shown(dtype)}")
         return self._tensor(storage, name, offset, shape, stride, requires_grad)
 
     def _tensor(
@@ -305,15 +359,20 @@ class _Machine:
         stride: Any,
         requires_grad: Any,
     ) -> Any:
-        numbers = [_integer(number) for number in (offset, *shape, *stride)]
-        if type(requires_grad) is not bool or len(shape) != len(stride) or min(numbers) < 0:
-            raise _RefusedError(f"it has a tensor of shape {shape!r} and strides {stride!r}")
+        numbers = [_integer(number) for number in (offset, *_exactly(shape, tuple), *_exactly(stride, tuple))]
+        if len(numbers) > 2 * _MAX_DIMENSIONS or min(numbers) < 0 or max(numbers) >= _MAX_NUMBER:
+            raise _RefusedError("it has a tensor with a shape, strides or an offset that no memory can hold")
+        if type(requires_grad) is not bool or len(shape) != len(stride):
+            raise _RefusedError(f"it has a tensor of shape {shape} and strides {stride}")
+        if requires_grad and not _DIFFERENTIABLE.match(dtype):
+            raise _RefusedError(f"it has a tensor of type {dtype} that requires a gradient")
         last = offset + sum((length - 1) * step for length, step in zip(shape, stride, strict=True))
         if 0 not in shape and (last + 1) * ITEM_SIZES[dtype] > storage.nbytes:
-            raise _RefusedError(f"it has a tensor of shape {shape!r} that reaches beyond its {storage.nbytes} bytes")
-        if max(numbers) >= 1 << 62:
-            raise _RefusedError(f"it has a tensor of shape {shape!r}, which no memory can hold")
-        return self.builder.tensor(storage, dtype, offset, tuple(shape), tuple(stride), requires_grad=requires_grad)
+            raise _RefusedError(f"it has a tensor of shape {shape} that reaches beyond its {storage.nbytes} bytes")
+        size = math.prod(length or 1 for length in shape) * ITEM_SIZES[dtype]
+        if size > (_MAX_NUMBER if 0 in shape else max(storage.nbytes, _MAX_UNFOLDED)):
+            raise _RefusedError(f"it has a tensor of shape {shape}, {size:,} bytes unfolded from {storage.nbytes:,}")
+        return self.builder.tensor(storage, dtype, offset, shape, stride, requires_grad=requires_grad)
 
     def parameter(self, tensor: Any, requires_grad: Any, hooks: Any) -> Any:
         if hooks or type(requires_grad) is not bool:
@@ -327,7 +386,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _exactly(value: Any, kind: type) -> Any:
+def _exactly(value: Any, kind: type[_Kind]) -> _Kind:
     if type(value) is not kind:
         raise _RefusedError(f"its pickle uses a {type(value).__name__} as a {kind.__name__}")
     return value
@@ -335,56 +394,59 @@ def _exactly(value: Any, kind: type) -> Any:
 
 def _integer(value: Any) -> int:
     if type(value) is not int:
-        raise _RefusedError(f"its pickle has {value!r} where a whole number belongs")
+        raise _RefusedError(f"its pickle has {_shown(value)} where a whole number belongs")
     return value
 
 
-def _hashable(key: Any) -> Any:
-    # nested tuples are left out: hashing a deeply shared one takes exponential time
-    items = key if type(key) is tuple else (key,)
-    if not all(item is None or type(item) in (str, int, float, bool, bytes) for item in items):
-        raise _RefusedError(f"it has a key of type {type(key).__name__}: only numbers, strings and tuples of them are")
-    return key
+def _shown(value: Any) -> str:
+    """A value for a message; never the contents of a container, which may unfold without end."""
+    if isinstance(value, _Global):
+        return value.name
+    return ascii(value[:100])[1:-1] if isinstance(value, str) else f"a {type(value).__name__}"
 
 
-def _set_items(target: Any, keys: Iterable[Any], values: Iterable[Any]) -> None:
-    if type(target) not in (dict, OrderedDict):
-        raise _RefusedError(f"its pickle uses a {type(target).__name__} as a dict")
-    for key, value in zip(keys, values, strict=True):
-        target[_hashable(key)] = _plain(value)
-
-
-def _ordered_dict(_: _Machine, pairs: Any = ()) -> OrderedDict[Any, Any]:
+def _ordered_dict(machine: _Machine, pairs: Any = None) -> OrderedDict[Any, Any]:
     made: OrderedDict[Any, Any] = OrderedDict()
-    for key, value in pairs:
-        _set_items(made, [key], [value])
+    for pair in machine.copied(pairs, list) if pairs is not None else ():
+        if type(pair) not in (list, tuple) or len(pair) != 2:
+            raise _RefusedError("its pickle makes a dict of something else than pairs")
+        machine.fill(made, pair[:1], pair[1:])
     return made
 
 
-def _counter(_: _Machine, counts: Any) -> Counter[Any]:
-    return Counter(_exactly(counts, dict))
+def _counter(machine: _Machine, counts: Any) -> Counter[Any]:
+    return Counter(machine.copied(counts, dict))
 
 
-def _set(_: _Machine, items: Any) -> set[Any]:
-    return set(map(_hashable, _exactly(items, list)))
+def _set(machine: _Machine, items: Any) -> set[Any]:
+    return set(map(machine.hashable, machine.copied(items, list)))
 
 
 def _complex(_: _Machine, real: Any, imaginary: Any) -> complex:
     return complex(_exactly(real, float), _exactly(imaginary, float))
 
 
-def _bytes(_: _Machine, text: Any = "", encoding: Any = "latin1") -> bytes:
+def _bytes(machine: _Machine, text: Any, encoding: Any) -> bytes:
     if encoding not in ("latin1", "latin-1"):
-        raise _RefusedError(f"its pickle has bytes in the encoding {encoding!r}")
-    return bytes(_exactly(text, str), "latin1")
+        raise _RefusedError(f"its pickle has bytes in the encoding {_shown(encoding)}")
+    return machine.copied(text, str).encode("latin1")
 
 
-def _bytearray(machine: _Machine, content: Any = b"", encoding: Any = "latin1") -> bytearray:
-    return bytearray(content if type(content) is bytes else _bytes(machine, content, encoding))
+def _bytearray(machine: _Machine, content: Any = b"", *encoding: Any) -> bytearray:
+    return bytearray(_bytes(machine, content, *encoding) if encoding else machine.copied(content, bytes))
 
 
-def _torch_value(kind: str) -> Callable[..., Any]:
-    return lambda machine, *arguments: machine.builder.value(kind, arguments)
+def _size(machine: _Machine, lengths: Any) -> Any:
+    if any(not 0 <= _integer(length) < _MAX_NUMBER for length in machine.copied(lengths, tuple)):
+        raise _RefusedError("it has a torch.Size with lengths that no tensor has")
+    return machine.builder.value("Size", lengths)
+
+
+def _device(machine: _Machine, kind: Any, *index: Any) -> Any:
+    name = ":".join([_exactly(kind, str), *(str(_integer(number)) for number in index)])
+    if not _DEVICE.fullmatch(name):
+        raise _RefusedError(f"it has a device that torch does not know: {_shown(name)}")
+    return machine.builder.value("device", name)
 
 
 def _resolve() -> dict[tuple[str, str], _Global]:
@@ -401,8 +463,8 @@ def _resolve() -> dict[tuple[str, str], _Global]:
         ("torch._utils", "_rebuild_tensor_v2"): _Machine.tensor,
         ("torch._utils", "_rebuild_tensor_v3"): _Machine.tensor_of_dtype,
         ("torch._utils", "_rebuild_parameter"): _Machine.parameter,
-        ("torch", "Size"): _torch_value("Size"),
-        ("torch", "device"): _torch_value("device"),
+        ("torch", "Size"): _size,
+        ("torch", "device"): _device,
     }
     found = {key: _Global(".".join(key), call) for key, call in callables.items()}
     for dtype in ITEM_SIZES:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 
 import torch
 
@@ -12,14 +13,17 @@ from seedvc_ckpt.checkpoint import Manifest
 from seedvc_ckpt.errors import ExportError
 from seedvc_ckpt.format.archive import Archive
 from seedvc_ckpt.format.contents import TensorRef
-from seedvc_ckpt.format.records import RecordSource, dtype_name, memory_of, new_storage
+from seedvc_ckpt.format.reading import TensorReader
+from seedvc_ckpt.format.records import RecordSource, dtype_name, memory_of, typed_storage
 from seedvc_ckpt.format.torchzip import Encoded, encode_tree
-from seedvc_ckpt.format.unpickle import ITEM_SIZES, Storage
+from seedvc_ckpt.format.unpickle import ITEM_SIZES
 
 __all__ = ["Safetensors", "as_safetensors", "as_torch_zip", "floating_dtype"]
 
 Weights = Mapping[str, Mapping[str, TensorRef]]
 """The tensors of each module by their names."""
+
+_Convert = Callable[[torch.Tensor], torch.Tensor]
 
 _SAFETENSORS_DTYPES = {
     "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32",
@@ -50,24 +54,16 @@ def as_torch_zip(
     allow_non_finite: bool,
 ) -> Encoded:
     """``{"net": weights}`` as a torch zip file; tensors that share memory go on sharing it."""
-    by_storage: dict[str, list[tuple[str, TensorRef]]] = {}
-    for module, tensors in weights.items():
-        for name, ref in tensors.items():
-            by_storage.setdefault(ref.storage.key, []).append((f"{module}.{name}", ref))
+    reader = TensorReader(archive)
     moved: dict[int, TensorRef] = {}
     records = []
-    for key, (record_name, users) in enumerate(by_storage.items()):
-        start, end = _extent([ref for _, ref in users])
-        target, old = _target(users, dtype), users[0][1].storage
-        held = users[0][1].dtype if target else old.dtype
-        new = Storage(str(key), target or old.dtype, (end - start) // ITEM_SIZES[held])
-        for _, ref in users:
-            offset = ref.offset - start // ITEM_SIZES[ref.dtype]
-            place = (new, target or ref.dtype, offset, ref.shape, ref.stride)
-            moved.setdefault(id(ref), TensorRef(*place))
-        convert = _converter(users, dtype, allow_non_finite=allow_non_finite)
-        read = _reader(archive, f"data/{record_name}", users[0][0], (start, end), convert)
-        records.append(RecordSource(f"data/{key}", new.nbytes, read))
+    for key, users in enumerate(_sharing(weights)):
+        convert = _converter(*users[0], dtype, allow_non_finite=allow_non_finite)
+        alone = len({replace(ref, requires_grad=False, parameter=False) for _, ref in users}) == 1
+        make = _dense_record if alone else _shared_record
+        record, refs = make(reader, str(key), users, _target(users[0][1], dtype), convert)
+        records.append(record)
+        moved.update(zip([id(ref) for _, ref in users], refs, strict=True))
     net = {module: {name: moved[id(ref)] for name, ref in tensors.items()} for module, tensors in weights.items()}
     return encode_tree({"net": net}, records, manifest)
 
@@ -87,7 +83,7 @@ class Safetensors:
         offset = 0
         for dtype, shape, record in records:
             end = offset + record.nbytes
-            header[record.name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, end]}
+            header[record.name] = {"dtype": _SAFETENSORS_DTYPES[dtype], "shape": shape, "data_offsets": [offset, end]}
             offset = end
         text = json.dumps(header, separators=(",", ":")).encode()
         self._head = struct.pack("<Q", len(text) + -len(text) % 8) + text.ljust(len(text) + -len(text) % 8)
@@ -109,48 +105,82 @@ def as_safetensors(
     allow_non_finite: bool,
 ) -> Safetensors:
     """The weights under names such as ``cfm.estimator.input_pos``, the manifest in the header."""
-    records = []
+    reader = TensorReader(archive)
+    records: dict[str, tuple[str, tuple[int, ...], RecordSource]] = {}
+    for name, ref in _named(weights):
+        kind = _target(ref, dtype)
+        if kind not in _SAFETENSORS_DTYPES:
+            raise ExportError(f"safetensors has no type for {name} ({kind}): export to .pth")
+        if name in records:
+            raise ExportError(f"two tensors would both be called {name}: export to .pth")
+        convert = _converter(name, ref, dtype, allow_non_finite=allow_non_finite)
+        source = RecordSource(name, ref.numel * ITEM_SIZES[kind], _dense_reader(reader, name, ref, convert))
+        records[name] = kind, ref.shape, source
+    # readers want each tensor at a multiple of its element size: largest elements first, without gaps
+    in_order = sorted(records.values(), key=lambda record: -ITEM_SIZES[record[0]])
+    return Safetensors(in_order, {"format": "pt", "seedvc_ckpt": manifest.to_json().decode()})
+
+
+def _named(weights: Weights) -> Iterator[tuple[str, TensorRef]]:
     for module, tensors in weights.items():
         for name, ref in tensors.items():
-            users = [(f"{module}.{name}", ref)]
-            target = _target(users, dtype) or ref.dtype
-            if target not in _SAFETENSORS_DTYPES:
-                raise ExportError(f"safetensors has no type for {module}.{name} ({target}): export to .pth")
-            convert = _converter(users, dtype, allow_non_finite=allow_non_finite)
-            dense = _dense_reader(archive, f"{module}.{name}", ref, convert)
-            record = RecordSource(f"{module}.{name}", ref.numel * ITEM_SIZES[target], dense)
-            records.append((ITEM_SIZES[target], _SAFETENSORS_DTYPES[target], ref.shape, record))
-    # readers want each tensor at a multiple of its element size: largest elements first, without gaps
-    records.sort(key=lambda record: -record[0])
-    return Safetensors([record[1:] for record in records], {"format": "pt", "seedvc_ckpt": manifest.to_json().decode()})
+            yield f"{module}.{name}", ref
 
 
-def _extent(refs: list[TensorRef]) -> tuple[int, int]:
-    """The bytes of a storage that these tensors touch, widened to whole elements of every type."""
-    extents = [ref.extent for ref in refs if 0 not in ref.shape]
-    if not extents:
-        return 0, 0
-    if len({ref.dtype for ref in refs}) > 1:
-        return 0, refs[0].storage.nbytes
-    return min(start for start, _ in extents), max(end for _, end in extents)
+def _sharing(weights: Weights) -> list[list[tuple[str, TensorRef]]]:
+    """The tensors in groups: those of one group overlap in memory, or are one and the same."""
+    order = {id(ref): number for number, (_, ref) in reversed([*enumerate(_named(weights))])}
+    found: list[list[tuple[str, TensorRef]]] = []
+    end = 0
+    for name, ref in sorted(
+        _named(weights), key=lambda user: (user[1].storage.key, user[1].extent[0], order[id(user[1])])
+    ):
+        before = found[-1][-1][1] if found else None
+        if before is ref or (before and before.storage == ref.storage and ref.extent[0] < min(end, ref.extent[1])):
+            found[-1].append((name, ref))
+            end = max(end, ref.extent[1])
+        else:
+            found.append([(name, ref)])
+            end = ref.extent[1]
+    for users in found:
+        if len({ref.dtype for _, ref in users}) > 1:
+            raise ExportError(f"{', '.join(name for name, _ in users)} share memory as different types")
+    return sorted(found, key=lambda users: order[id(users[0][1])])
 
 
-def _target(users: list[tuple[str, TensorRef]], dtype: torch.dtype | None) -> str | None:
-    """The name of the type that the tensors of a record are converted to, None where they stay as they are."""
-    ref = users[0][1]
-    if dtype is None or not getattr(torch, ref.dtype).is_floating_point:
-        return None
-    if any(other.dtype != ref.dtype for _, other in users):
-        names = ", ".join(name for name, _ in users)
-        raise ExportError(f"can't convert {names} to {dtype}: they share memory as different types")
-    return str(dtype).removeprefix("torch.")
-
-
-def _converter(
-    users: list[tuple[str, TensorRef]], dtype: torch.dtype | None, *, allow_non_finite: bool
-) -> Callable[[torch.Tensor], torch.Tensor]:
-    """From the bytes of a record, as uint8, to the bytes to be written; refuses what is not finite."""
+def _dense_record(
+    reader: TensorReader, key: str, users: list[tuple[str, TensorRef]], kind: str, convert: _Convert
+) -> tuple[RecordSource, list[TensorRef]]:
     name, ref = users[0]
+    storage = typed_storage(key, {kind}, ref.numel * ITEM_SIZES[kind])
+    stride = torch.empty(ref.shape, device="meta").stride()
+    refs = [TensorRef(storage, kind, 0, ref.shape, stride) for _ in users]
+    return RecordSource(f"data/{key}", storage.nbytes, _dense_reader(reader, name, ref, convert)), refs
+
+
+def _shared_record(
+    reader: TensorReader, key: str, users: list[tuple[str, TensorRef]], kind: str, convert: _Convert
+) -> tuple[RecordSource, list[TensorRef]]:
+    name, first = users[0]
+    start, end = min(ref.extent[0] for _, ref in users), max(ref.extent[1] for _, ref in users)
+    size = ITEM_SIZES[first.dtype]
+    storage = typed_storage(key, {kind}, (end - start) // size * ITEM_SIZES[kind])
+    refs = [TensorRef(storage, kind, ref.offset - start // size, ref.shape, ref.stride) for _, ref in users]
+
+    def read() -> memoryview:
+        return _bytes_of(convert(reader.stretch(first.storage, start, end, name)))
+
+    return RecordSource(f"data/{key}", storage.nbytes, read), refs
+
+
+def _target(ref: TensorRef, dtype: torch.dtype | None) -> str:
+    """The name of the type that a tensor is exported as."""
+    floating = getattr(torch, ref.dtype).is_floating_point
+    return str(dtype).removeprefix("torch.") if dtype and floating else ref.dtype
+
+
+def _converter(name: str, ref: TensorRef, dtype: torch.dtype | None, *, allow_non_finite: bool) -> _Convert:
+    """From the bytes of a tensor, as uint8, to the bytes to be written; refuses what is not finite."""
     source: torch.dtype = getattr(torch, ref.dtype)
     if not (source.is_floating_point or source.is_complex):
         return lambda content: content
@@ -180,34 +210,8 @@ def _refuse_non_finite(name: str, values: torch.Tensor, how: str, *, allowed: bo
         )
 
 
-def _reader(
-    archive: Archive,
-    record: str,
-    holds: str,
-    extent: tuple[int, int],
-    convert: Callable[[torch.Tensor], torch.Tensor],
-) -> Callable[[], memoryview]:
-    def read() -> memoryview:
-        storage = new_storage(archive.records[record].size)
-        archive.fill(record, memory_of(storage), holds=holds)
-        content = torch.empty(0, dtype=torch.uint8).set_(storage)
-        return _bytes_of(convert(content[slice(*extent)]))
-
-    return read
-
-
-def _dense_reader(
-    archive: Archive, name: str, ref: TensorRef, convert: Callable[[torch.Tensor], torch.Tensor]
-) -> Callable[[], memoryview]:
-    def read() -> memoryview:
-        record = f"data/{ref.storage.key}"
-        storage = new_storage(archive.records[record].size)
-        archive.fill(record, memory_of(storage), holds=name)
-        tensor = torch.empty(0, dtype=getattr(torch, ref.dtype))
-        tensor.set_(storage, ref.offset, ref.shape, ref.stride)
-        return _bytes_of(convert(tensor.contiguous().flatten().view(torch.uint8)))
-
-    return read
+def _dense_reader(reader: TensorReader, name: str, ref: TensorRef, convert: _Convert) -> Callable[[], memoryview]:
+    return lambda: _bytes_of(convert(reader.elements(ref, name).view(torch.uint8)))
 
 
 def _bytes_of(content: torch.Tensor) -> memoryview:
