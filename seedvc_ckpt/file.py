@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from seedvc_ckpt.checkpoint import Manifest
-from seedvc_ckpt.errors import CorruptCheckpointError
+from seedvc_ckpt.errors import CorruptCheckpointError, PatternError
 from seedvc_ckpt.format import contents
 from seedvc_ckpt.format.archive import Archive
 from seedvc_ckpt.format.contents import TensorRef
@@ -109,7 +109,7 @@ class CheckpointFile:
         manifest = archive.manifest()
         if not (manifest and self.pattern):
             return manifest
-        if manifest.step is None or self.pattern.format(manifest.step, manifest.epoch) != self.name:
+        if self._belongs_to_another(manifest, self.pattern):
             raise CorruptCheckpointError(
                 archive.source.name,
                 "the manifest",
@@ -117,8 +117,15 @@ class CheckpointFile:
             )
         return manifest
 
+    def _belongs_to_another(self, manifest: Manifest, pattern: NamePattern) -> bool:
+        try:
+            return manifest.step is None or pattern.format(manifest.step, manifest.epoch) != self.name
+        except PatternError:
+            return True  # a number that no name can hold
+
 
 def run_name(location: str) -> str:
     """The last part of a store's location, relative ones such as ``.`` resolved."""
     name = location.rstrip("/").rpartition("/")[2]
-    return os.path.basename(os.path.abspath(location)) if name in ("", ".", "..") else name
+    name = os.path.basename(os.path.abspath(location)) if name in ("", ".", "..") else name
+    return os.fsencode(name).decode(errors="replace")  # a manifest is UTF-8, a folder's name need not be

@@ -6,7 +6,7 @@ import operator
 import re
 import string
 from dataclasses import dataclass, field
-from typing import SupportsIndex
+from typing import NamedTuple, SupportsIndex
 
 from seedvc_ckpt.errors import PatternError
 
@@ -20,8 +20,7 @@ _FIELDS = ("step", "epoch")
 _SPEC = re.compile(r"(?:0?([1-9][0-9]?))?d?")
 
 
-@dataclass(frozen=True, order=True)
-class ParsedName:
+class ParsedName(NamedTuple):
     """What a checkpoint's name says. Orders by step, then epoch."""
 
     step: int
@@ -72,10 +71,9 @@ class NamePattern:
         match = self._regex.fullmatch(name)
         if match is None:
             return None
-        numbers = {key: int(digits) for key, digits in match.groupdict().items()}
-        if max(numbers.values()) > MAX_NUMBER:
-            return None
-        return ParsedName(**numbers)
+        step = int(match["step"])
+        epoch = int(match["epoch"]) if self._regex.groups > 1 else 0
+        return ParsedName(step, epoch) if step <= MAX_NUMBER and epoch <= MAX_NUMBER else None
 
     def _error(self, problem: str) -> PatternError:
         return PatternError(f"the name pattern {self.template!r} {problem}")

@@ -102,6 +102,8 @@ def keep_best(metric: str, n: int = 1, mode: Literal["min", "max"] = "min") -> R
         MissingMetricError: from the rule, if a checkpoint lacks the metric.
     """
     _positive("keep_best", n)
+    if not isinstance(metric, str) or not metric:
+        raise ValueError(f"keep_best takes the name of a metric, got {metric!r}")
     if mode not in ("min", "max"):
         raise ValueError(f'keep_best takes mode "min" or "max", got {mode!r}')
 

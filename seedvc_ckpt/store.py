@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from operator import itemgetter
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, SupportsFloat, SupportsIndex
 
@@ -20,9 +22,8 @@ from seedvc_ckpt.errors import (
     StaleStepError,
     StorageError,
 )
-from seedvc_ckpt.export import export
 from seedvc_ckpt.file import CheckpointFile, Inspection, run_name
-from seedvc_ckpt.naming import SEED_VC, NamePattern, checked_number
+from seedvc_ckpt.naming import SEED_VC, NamePattern, ParsedName, checked_number
 from seedvc_ckpt.retention import Plan, Rule, plan
 from seedvc_ckpt.storage import Entry, open_storage
 
@@ -79,7 +80,7 @@ class CheckpointStore:
         read_only: bool = False,
     ) -> None:
         self.pattern = pattern if isinstance(pattern, NamePattern) else NamePattern(pattern)
-        self.retention = retention
+        self.retention = (retention,) if callable(retention) else tuple(retention or ())
         self.read_only = read_only
         self._storage = open_storage(location, storage_options=storage_options, fs=fs)
         self._resumed: CheckpointInfo | None = None
@@ -115,20 +116,18 @@ class CheckpointStore:
         Raises:
             StorageError: if the folder can't be listed.
         """
-        entries = {entry.name: entry for entry in self._storage.list()}
-        found = (self._info(entry, pinned=f"{name}.pin" in entries) for name, entry in entries.items())
+        named, pins = self._listing()
+        found = (self._info(parsed, entry, pins) for parsed, entry in named)
         return sorted(filter(None, found), key=lambda info: (info.step, info.epoch))
 
     def latest(self) -> CheckpointInfo | None:
         """The checkpoint with the largest (step, epoch), or None; looks at names only."""
-        parse = self.pattern.parse
         while True:
-            named = [(parsed, entry) for entry in self._storage.list() if (parsed := parse(entry.name))]
+            named, pins = self._listing()
             if not named:
                 return None
-            _, newest = max(named, key=lambda found: found[0])
-            pinned = self._storage.stat(f"{newest.name}.pin") is not None
-            info = self._info(newest, pinned=pinned)
+            parsed, newest = max(named, key=itemgetter(0))
+            info = self._info(parsed, newest, pins)
             if info is not None:
                 return info
 
@@ -148,7 +147,7 @@ class CheckpointStore:
             state: Nested dicts, lists and tuples of tensors, numbers, strings, bytes and None.
             step: Training steps done.
             epoch: The epoch that is running.
-            metrics: Numbers to keep with it, for `keep_best` and for people.
+            metrics: Numbers to keep with it, for `keep_best` and for people; tensors and arrays of one number count.
             overwrite: Replace a checkpoint of this step.
             verify: Read the file back and check every byte before returning.
 
@@ -159,21 +158,23 @@ class CheckpointStore:
             CheckpointExistsError: if the step is saved already and `overwrite` is false.
             StaleStepError: if a later step is saved already.
             UnsafeCheckpointError: if the state holds what could not be loaded again, naming the path to it.
+            ValueError: for a metric that is no number.
             MissingMetricError: if a retention rule needs a metric that this or an older checkpoint lacks.
+            StorageError: if the folder can't be listed.
             SaveFailedError: if it can't be written. In all these cases nothing has changed.
         """
         self._refuse_changes("save to it")
         step, epoch = checked_number("step", step), checked_number("epoch", epoch)
         name = self.pattern.format(step, epoch)
         infos = self.list()
-        self._refuse_order(infos, step, epoch, overwrite=overwrite)
+        self._refuse_order(infos, step, name, overwrite=overwrite)
         manifest = Manifest(
             run=self.run_name,
             step=step,
             epoch=epoch,
             created=datetime.now(timezone.utc),
             library=library_version(),
-            metrics={key: float(value) for key, value in (metrics or {}).items()},
+            metrics={key: _metric(key, value) for key, value in (metrics or {}).items()},
             resumed_from=self._resumed.name if self._resumed else None,
         )
         if self.retention:
@@ -182,7 +183,6 @@ class CheckpointStore:
             self._plan([*others, coming], {coming: manifest.metrics})
         from seedvc_ckpt.format import torchzip  # torch takes more than a second to import
 
-        _refuse_rank()
         encoded = torchzip.encode(state, manifest)
         try:
             published = self._storage.publish(name, encoded.size, encoded, overwrite=overwrite)
@@ -191,11 +191,13 @@ class CheckpointStore:
                 f"{name} appeared in {self.location} during the save and was left as it is: another process is "
                 "saving to this run"
             ) from None
-        info = CheckpointInfo(name, step, epoch, published.size, published.modified)
+        pinned = self._storage.stat(f"{name}.pin") is not None
+        named = self.pattern.parse(name) or ParsedName(step)  # a name without an epoch lists as epoch 0
+        info = CheckpointInfo(name, named.step, named.epoch, published.size, published.modified, pinned)
         self._read_back(info, encoded.manifest, verify=verify)
         self._intact.add(name)
         if self.retention:
-            self._remove(self._plan(self.list()))
+            self._prune_after_save()
         return info
 
     def load(
@@ -230,7 +232,7 @@ class CheckpointStore:
         """The newest intact checkpoint with its state, or None when there is none at all.
 
         Newer ones that are proven to be damaged are moved to ``aside/``, with the reason, so that the run can go on
-        below their steps; a read-only store reports them only.
+        below their steps; a read-only store, or a process of another rank than 0, reports them only.
 
         Raises:
             CorruptCheckpointError: if there are checkpoints and all are damaged; then none is moved.
@@ -244,19 +246,19 @@ class CheckpointStore:
             except CorruptCheckpointError as error:
                 rejected.append((info, str(error)))
                 continue
-            if not self.read_only:
+            if not self.read_only and _rank() == 0:
                 for damaged, reason in rejected:
                     self.set_aside(damaged, reason)
             self._resumed = info
             return Resumed(info, state, tuple(rejected))
         if rejected:
             newest, reason = rejected[0]
+            rest = f"and so is each of the {len(rejected)}" if len(rejected) > 1 else "and it is the only one"
             raise CorruptCheckpointError(
                 newest.name,
                 "",
-                f"damaged ({reason}), and so {'is each' if len(rejected) > 1 else 'would be any'} of the "
-                f"{len(rejected)} checkpoints in {self.location}. Restore one from a copy, or move them away to "
-                "start anew",
+                f"damaged ({reason}), {rest} in {self.location}. Restore one from a copy, or move what is there away "
+                "to start anew",
             )
         return None
 
@@ -294,20 +296,21 @@ class CheckpointStore:
             self._remove(made)
         return made
 
-    def rewind(self, step: SupportsIndex) -> tuple[CheckpointInfo, ...]:
+    def rewind(self, step: SupportsIndex, *, dry_run: bool = False) -> tuple[CheckpointInfo, ...]:
         """Set every checkpoint after `step` aside, so that training can go on from there; nothing is deleted.
 
         Returns:
-            What was set aside, ascending.
+            What was set aside, ascending; with `dry_run`, what would be.
 
         Raises:
             CheckpointNotFoundError: if no checkpoint has that step.
         """
-        self._refuse_changes("rewind it")
         kept, infos = self._at_step(checked_number("step", step))[0], self.list()
         later = tuple(info for info in infos if info.step > kept.step)
-        for info in reversed(later):
-            self.set_aside(info, f"the run was rewound to step {kept.step}")
+        if not dry_run:
+            self._refuse_changes("rewind it")
+            for info in reversed(later):  # newest first: stopped half-way, the run has just lost its end
+                self.set_aside(info, f"the run was rewound to step {kept.step}")
         return later
 
     def set_aside(self, which: CheckpointInfo | str, reason: str) -> str:
@@ -349,16 +352,25 @@ class CheckpointStore:
             allow_non_finite=allow_non_finite,
         )
 
-    def _info(self, entry: Entry, *, pinned: bool) -> CheckpointInfo | None:
-        parsed = self.pattern.parse(entry.name)
-        if parsed is None:
-            return None
+    def _listing(self) -> tuple[Sequence[tuple[ParsedName, Entry]], set[str]]:
+        """The files that the pattern names, and the names of all pin files."""
+        parse, named, pins = self.pattern.parse, [], set()
+        for entry in self._storage.list():
+            parsed = parse(entry.name)
+            if parsed is not None:
+                named.append((parsed, entry))
+            elif entry.name.endswith(".pin"):
+                pins.add(entry.name)
+        return named, pins
+
+    def _info(self, parsed: ParsedName, entry: Entry, pins: set[str]) -> CheckpointInfo | None:
         try:
             found = entry.stat()
         except FileNotFoundError:
             return None  # pruned by its writer since it was listed
         except OSError as error:
             raise StorageError(f"can't look at {entry.name} in {self.location}: {error}") from error
+        pinned = f"{entry.name}.pin" in pins
         return CheckpointInfo(entry.name, parsed.step, parsed.epoch, found.size, found.modified, pinned)
 
     def _file(self, info: CheckpointInfo) -> CheckpointFile:
@@ -381,7 +393,7 @@ class CheckpointStore:
             )
         return found[0]
 
-    def _at_step(self, step: int) -> list[CheckpointInfo]:
+    def _at_step(self, step: int) -> Sequence[CheckpointInfo]:
         infos = self.list()
         found = [info for info in infos if info.step == step]
         if not found:
@@ -395,15 +407,21 @@ class CheckpointStore:
     def _refuse_changes(self, what: str) -> None:
         if self.read_only:
             raise StorageError(f"the store {self.location} was opened read-only: open it without read_only to {what}")
+        if _rank() != 0:
+            raise CheckpointError(
+                f"rank {_rank()} can't change the store {self.location}: a checkpoint is written by rank 0 alone "
+                f"(sharded checkpoints are not supported). Do what is to {what} under `if rank == 0`"
+            )
 
-    def _refuse_order(self, infos: Sequence[CheckpointInfo], step: int, epoch: int, *, overwrite: bool) -> None:
+    def _refuse_order(self, infos: Sequence[CheckpointInfo], step: int, name: str, *, overwrite: bool) -> None:
         later = [info for info in infos if info.step > step]
         if later:
+            earlier = [info.step for info in infos if info.step <= step]
+            remedy = f"rewind({earlier[-1]})" if earlier else f"rewind to a step that is there ({infos[0].step} …)"
             raise StaleStepError(
                 f"{self.location} already has {later[-1].name}, so step {step} would go backwards: the next resume "
-                f"would take step {later[-1].step}, not this one. To branch off here set the later ones aside with "
-                f"rewind({max((info.step for info in infos if info.step <= step), default=step)}); else save at a "
-                "larger step or to another folder"
+                f"would take step {later[-1].step}, not this one. To branch off set the later ones aside with "
+                f"{remedy}; else save at a larger step or to another folder"
             )
         same = [info for info in infos if info.step == step]
         if same and not overwrite:
@@ -411,17 +429,18 @@ class CheckpointStore:
                 f"{self.location} already has {same[-1].name}; pass overwrite=True to replace it, or save at a "
                 "larger step"
             )
-        if any(info.epoch != epoch for info in same):
+        others = [info.name for info in same if info.name != name]
+        if others:
             raise CheckpointExistsError(
-                f"{self.location} already has {same[-1].name}: the same step under another epoch, which epoch "
-                f"{epoch} would not replace but stand beside. Save at a larger step"
+                f"{self.location} already has {others[-1]}: the same step under another epoch, which {name} would "
+                "not replace but stand beside. Save at a larger step"
             )
 
     def _read_back(self, info: CheckpointInfo, manifest: Manifest, *, verify: bool) -> None:
         try:
             file = self._file(info)
             found = file.manifest()
-            if found != manifest:
+            if found is None or found.to_json() != manifest.to_json():  # as text: NaN is not equal to itself
                 raise CorruptCheckpointError(info.name, "the manifest", f"reads {found!r}, {manifest!r} was written")
             if verify:
                 file.verify()
@@ -440,20 +459,27 @@ class CheckpointStore:
     ) -> Plan:
         """What the rules keep, and what they may not remove."""
         readable, unreadable = [*infos], []
+        recorded = _ManifestMetrics(self._file, readable, metrics or {})
         while True:
             try:
-                made = plan(readable, self.retention, _ManifestMetrics(self._file, readable, metrics or {}))
+                made = plan(readable, self.retention, recorded)
                 break
-            except CorruptCheckpointError as error:
-                damaged = next(info for info in readable if info.name == os.path.basename(error.name))
-                readable.remove(damaged)
-                unreadable.append(damaged)
+            except _UnreadableManifestError as error:
+                readable.remove(error.info)
+                unreadable.append(error.info)
         keep = {**made.keep, **dict.fromkeys(unreadable, ("its manifest can't be read",))}
-        spared = self._resumed
-        if spared in made.remove and not self._intact & {info.name for info in keep}:
-            keep[spared] = ("resumed from, and the only one known to be intact",)
+        if not self._intact & {info.name for info in keep}:
+            spared = [info for info in made.remove if self._resumed and info.name == self._resumed.name]
+            keep.update(dict.fromkeys(spared, ("resumed from, and the only one known to be intact",)))
         in_order = {info: keep[info] for info in infos if info in keep}
         return Plan(in_order, tuple(info for info in made.remove if info not in keep))
+
+    def _prune_after_save(self) -> None:
+        """Prune; whatever goes wrong is logged, because the save itself has succeeded."""
+        try:
+            self._remove(self._plan(self.list()))
+        except CheckpointError as error:
+            _log.warning("not pruned: %s: %s", self.location, error)
 
     def _remove(self, made: Plan) -> None:
         for info in made.remove:
@@ -465,6 +491,11 @@ class CheckpointStore:
                     self._storage.delete(info.name)
             except (FileNotFoundError, StorageError) as error:
                 _log.warning("not pruned: %s in %s: %s", info.name, self.location, error)
+
+
+class _UnreadableManifestError(Exception):
+    def __init__(self, info: CheckpointInfo) -> None:
+        self.info = info
 
 
 class _ManifestMetrics(Mapping[CheckpointInfo, Mapping[str, float]]):
@@ -482,7 +513,10 @@ class _ManifestMetrics(Mapping[CheckpointInfo, Mapping[str, float]]):
 
     def __getitem__(self, info: CheckpointInfo) -> Mapping[str, float]:
         if info not in self._known:
-            manifest = self._file(info).manifest()
+            try:
+                manifest = self._file(info).manifest()
+            except CheckpointError:
+                raise _UnreadableManifestError(info) from None
             self._known[info] = manifest.metrics if manifest else {}
         return self._known[info]
 
@@ -493,11 +527,15 @@ class _ManifestMetrics(Mapping[CheckpointInfo, Mapping[str, float]]):
         return len(self._infos)
 
 
-def _refuse_rank() -> None:
-    import torch.distributed as dist
+def _metric(key: Any, value: Any) -> float:
+    try:
+        if isinstance(key, str) and not isinstance(value, str):
+            return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        pass  # said below, with the metric's name
+    raise ValueError(f"metrics map names to single numbers, got {key!r}: {value!r}")
 
-    if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
-        raise CheckpointError(
-            f"rank {dist.get_rank()} can't save: a checkpoint is written by rank 0 alone (sharded checkpoints are not "
-            "supported). Call save under `if rank == 0`"
-        )
+
+def _rank() -> int:
+    dist = sys.modules.get("torch.distributed")  # who has not imported it has not started it
+    return int(dist.get_rank()) if dist and dist.is_available() and dist.is_initialized() else 0

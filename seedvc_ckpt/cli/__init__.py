@@ -11,7 +11,7 @@ from seedvc_ckpt.errors import CheckpointError
 
 __all__ = ["main"]
 
-_COMMANDS = ["ls", "latest", "show", "verify", "diff", "prune", "export"]
+_COMMANDS = ["ls", "latest", "show", "verify", "diff", "prune", "rewind", "export"]
 
 
 class _Commands(click.Group):
@@ -34,7 +34,7 @@ class _Commands(click.Group):
 )
 @click.version_option(package_name="seedvc-ckpt", prog_name="seedvc-ckpt")
 def commands() -> None:
-    """List, verify, compare, prune and export training checkpoints.
+    """List, verify, compare, prune, rewind and export training checkpoints.
 
     RUN is a run's folder or URL, FILE one checkpoint. Commands exit with 0 when all is well, 1 when the answer is bad
     news, and 2 when the call was wrong.
@@ -54,9 +54,7 @@ def main() -> None:
     except (CheckpointError, ValueError) as error:
         click.echo(f"{click.style('error:', fg='red')} {error}", err=True)
         sys.exit(1)
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output went away, as `| head` does
-        sys.exit(1)
     except OSError as error:
-        click.echo(f"{click.style('error:', fg='red')} {error.filename or ''} {error.strerror}", err=True)
+        place = f"{error.filename}: " if error.filename else ""
+        click.echo(f"{click.style('error:', fg='red')} {place}{error.strerror}", err=True)
         sys.exit(1)

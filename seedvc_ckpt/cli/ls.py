@@ -34,7 +34,7 @@ def command(run: str, pattern: NamePattern, as_json_: bool) -> None:  # noqa: FB
             str(info.epoch),
             readable_size(info.size),
             readable_time(info.modified),
-            " ".join(filter(None, ["pinned" if info.pinned else "", "same step" if info.step in shared else ""])),
+            "P" * info.pinned + "=" * (info.step in shared),
             info.name,
         )
         for info in infos
@@ -48,4 +48,5 @@ def command(run: str, pattern: NamePattern, as_json_: bool) -> None:  # noqa: FB
     else:
         columns(rows, ["step", "epoch", "size", "saved", "", "name"], "step epoch size")
     total = readable_size(sum(info.size for info in infos))
-    click.echo(f"{len(infos)} checkpoint{'s' if len(infos) > 1 else ''}, {total}")
+    legend = "; P: pinned" * any(info.pinned for info in infos) + "; =: several of this step" * bool(shared)
+    click.echo(f"{len(infos)} checkpoint{'s' if len(infos) > 1 else ''}, {total}{legend}")

@@ -53,13 +53,10 @@ def columns(rows: Iterable[Sequence[str]], header: Sequence[str], right: str = "
     """Print rows under a header, each column as wide as it needs; `right` names the columns to align right."""
     table = [list(header), *map(list, rows)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for number, row in enumerate(table):
-        cells = [
-            cell.rjust(width) if title in right.split() else cell.ljust(width)
-            for cell, width, title in zip(row, widths, header, strict=True)
-        ]
-        line = "  ".join(cells).rstrip()
-        click.echo(click.style(line, bold=True) if number == 0 else line)
+    signs = [">" if title in right.split() else "<" for title in header]
+    line = "  ".join(f"{{:{sign}{width}}}" for sign, width in zip(signs, widths, strict=True))
+    lines = [line.format(*row).rstrip() for row in table]
+    click.echo("\n".join([click.style(lines[0], bold=True), *lines[1:]]))
 
 
 def readable_size(size: float) -> str:
@@ -72,8 +69,8 @@ def readable_size(size: float) -> str:
 
 
 def readable_time(time: datetime) -> str:
-    """Local time to the second."""
-    return time.astimezone().strftime("%Y-%m-%d %H:%M:%S")
+    """Local time to the minute."""
+    return time.astimezone().replace(tzinfo=None).isoformat(" ", "minutes")
 
 
 def progress_bar(size: int, label: str) -> AbstractContextManager[Any]:

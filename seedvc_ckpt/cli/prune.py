@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import re
+import sys
+from collections.abc import Sequence
 from datetime import timedelta
 
 import click
 
+from seedvc_ckpt.checkpoint import CheckpointInfo
 from seedvc_ckpt.cli.output import as_json, columns, info_fields, json_option, readable_size
 from seedvc_ckpt.cli.target import pattern_option, run_at
 from seedvc_ckpt.naming import NamePattern
-from seedvc_ckpt.retention import Rule, keep_best, keep_every, keep_last, keep_within
+from seedvc_ckpt.retention import Plan, Rule, keep_best, keep_every, keep_last, keep_within
 
 __all__ = ["command"]
 
-_AGE = re.compile(r"(\d+)([smhdw])")
+_AGE = re.compile(r"([0-9]+)([smhdw])")
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 
 
@@ -45,25 +48,28 @@ def command(
     if not rules:
         raise click.UsageError("give at least one rule, such as --keep-last 3; without one nothing would be deleted")
     store = run_at(run, pattern=pattern, retention=rules)
-    before = store.list()
     plan = store.prune(dry_run=dry_run)
-    left = {info.name for info in store.list()}
+    left = set() if dry_run else {info.name for info in store.list()}
+    stuck = [info for info in plan.remove if info.name in left]
     if as_json_:
         kept = [{**info_fields(info), "reasons": reasons} for info, reasons in plan.keep.items()]
         removed = [info_fields(info) for info in plan.remove]
-        as_json({"dry_run": dry_run, "keep": kept, "remove": removed})
-        return
-    verb = "would go" if dry_run else "removed"
-    rows = []
-    for info in before:
-        why = ", ".join(plan.keep.get(info, ())) or (verb if dry_run or info.name not in left else "NOT REMOVED")
-        rows.append((str(info.step), readable_size(info.size), "keep" if info in plan.keep else "-", why))
-    if not rows:
+        as_json({"dry_run": dry_run, "keep": kept, "remove": removed, "not_removed": [info.name for info in stuck]})
+    elif plan.keep:
+        _print(plan, stuck, "would go" if dry_run else "removed")
+    else:
         click.echo(f"no checkpoints named like {pattern.template} in {store.location}")
-        return
+    sys.exit(1 if stuck else 0)
+
+
+def _print(plan: Plan, stuck: Sequence[CheckpointInfo], verb: str) -> None:
+    rows = []
+    for info in sorted([*plan.keep, *plan.remove], key=lambda info: (info.step, info.epoch)):
+        why = ", ".join(plan.keep.get(info, ())) or ("NOT REMOVED" if info in stuck else verb)
+        rows.append((str(info.step), readable_size(info.size), "keep" if info in plan.keep else "-", why))
     columns(rows, ["step", "size", "", "why"], "step size")
-    freed = readable_size(sum(info.size for info in plan.remove))
-    click.echo(f"{len(plan.keep)} kept, {len(plan.remove)} {verb} ({freed})")
+    gone = [info for info in plan.remove if info not in stuck]
+    click.echo(f"{len(plan.keep) + len(stuck)} kept, {len(gone)} {verb} ({readable_size(sum(i.size for i in gone))})")
 
 
 def _rules(last: int | None, every: int | None, within: str | None, best: str | None) -> list[Rule]:
@@ -83,7 +89,10 @@ def _age(text: str) -> timedelta:
     match = _AGE.fullmatch(text)
     if match is None:
         raise click.BadParameter(f"{text!r} is no age: write 90m, 12h, 7d or 2w", param_hint="--keep-within")
-    return timedelta(**{_UNITS[match[2]]: int(match[1])})
+    try:
+        return timedelta(**{_UNITS[match[2]]: int(match[1])})
+    except (OverflowError, ValueError):
+        return timedelta.max
 
 
 def _best(text: str) -> Rule:

@@ -30,6 +30,8 @@ def command(
 ) -> None:
     """Check every byte of a checkpoint; exit 1 and name the tensor when one is damaged."""
     if all_:
+        if step is not None:
+            raise click.UsageError("--all means every step: leave out --step")
         store = run_at(run_or_file, pattern=pattern, read_only=True)
         files = [store.file(info) for info in store.list()]
     else:
@@ -51,8 +53,8 @@ def command(
 
 
 def _verify(file: CheckpointFile) -> CheckpointError | None:
-    found = file.storage.stat(file.name)
     try:
+        found = file.storage.stat(file.name)
         with progress_bar(found.size if found else 0, file.name) as bar:
             file.verify(bar.update)
     except CheckpointError as error:

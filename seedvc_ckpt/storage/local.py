@@ -6,9 +6,8 @@ import errno
 import itertools
 import mmap
 import os
-import secrets
+import platform
 import shutil
-import socket
 import stat as statmodule
 import sys
 from collections.abc import Iterable, Iterator
@@ -52,7 +51,7 @@ class LocalStorage:
         try:
             with os.scandir(self._folder) as entries:
                 for entry in entries:
-                    if entry.is_file():
+                    if _is_file(entry):
                         yield _LocalEntry(entry)
         except FileNotFoundError:
             return
@@ -131,7 +130,7 @@ class LocalStorage:
                     os.unlink(self._path(name))
             raise self._failed(name, error, size, free) from error
         finally:
-            with suppress(FileNotFoundError):
+            with suppress(OSError):  # gone when it was renamed; a leftover is in nobody's listing
                 os.unlink(temporary)
             os.close(descriptor)
         return found
@@ -152,7 +151,7 @@ class LocalStorage:
         try:
             os.makedirs(aside.location, exist_ok=True)
             target = next(candidate for candidate in candidates if not os.path.lexists(aside._path(candidate)))
-            note = f"{reason}\n".encode()
+            note = os.fsencode(f"{reason}\n")
             aside.publish(f"{target}.reason.txt", len(note), [memoryview(note)], overwrite=True)
             os.rename(self._path(name), aside._path(target))
             _sync_folder(aside.location)
@@ -204,6 +203,13 @@ class LocalStorage:
         )
 
 
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_file()
+    except OSError:
+        return False  # a link in a circle, which leads nowhere as a dangling one does
+
+
 class _LocalEntry:
     __slots__ = ("_entry", "name")
 
@@ -246,7 +252,7 @@ class _LocalBlob:
 
 def temporary_name() -> str:
     """A name that no listing takes for a checkpoint and nobody can guess; says who is writing."""
-    return f".tmp-{secrets.token_hex(8)}-{os.getpid()}-{_process_start()}-{socket.gethostname()[:64]}"
+    return f".tmp-{os.urandom(8).hex()}-{os.getpid()}-{_process_start()}-{platform.node()[:64]}"
 
 
 def _process_start() -> str:
