@@ -118,10 +118,12 @@ def open_storage(
     from seedvc_ckpt.storage.local import LocalStorage
 
     match = _URL.match(text)
-    if fs is None and (match is None or match["scheme"] in ("file", "local")):
-        return LocalStorage(match["rest"] if match else text)
     scheme = match["scheme"] if match else ""
     path = match["rest"] if match else text
+    if fs is None and scheme in ("", "file", "local"):
+        if not path:
+            raise StorageError(f"{text!r} names no folder: write the path after it")
+        return LocalStorage(path)
     if fs is not None:
         protocols = [fs.protocol] if isinstance(fs.protocol, str) else list(fs.protocol)
         if "file" in protocols:

@@ -1,7 +1,9 @@
 """What the tests of the checkpoint library share."""
 
+import struct
 import subprocess
 import sys
+import zipfile
 from itertools import count
 from pathlib import Path
 
@@ -65,12 +67,15 @@ def filled(state):
 
 @pytest.fixture
 def damage():
-    """A function that flips one bit in the tensor data of a checkpoint file, or of one in a memory store."""
+    """A function that flips one bit in the largest record of a checkpoint file."""
 
     def flip(path):
         path = Path(path)
+        with zipfile.ZipFile(path) as archive:
+            record = max(archive.infolist(), key=lambda record: record.file_size)
         content = bytearray(path.read_bytes())
-        content[content.index(bytes(torch.arange(3, 9, dtype=torch.float32).numpy().tobytes()[:4])) + 1] ^= 1
+        name, extra = struct.unpack_from("<HH", content, record.header_offset + 26)
+        content[record.header_offset + 30 + name + extra + record.file_size // 2] ^= 1
         path.write_bytes(content)
 
     return flip

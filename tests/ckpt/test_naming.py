@@ -73,12 +73,8 @@ def made_by(pattern, name):
     candidates = {int(run) for run in runs} | {0}
     candidates = {number for number in candidates if number <= MAX_NUMBER}
     epochs = candidates if "{epoch" in pattern.template else {0}
-    return {
-        (step, epoch)
-        for step in candidates
-        for epoch in epochs
-        if pattern.template.format(step=step, epoch=epoch) == name
-    }
+    pairs = itertools.product(candidates, epochs)
+    return {(step, epoch) for step, epoch in pairs if pattern.template.format(step=step, epoch=epoch) == name}
 
 
 @st.composite
