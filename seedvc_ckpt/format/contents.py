@@ -29,7 +29,7 @@ __all__ = [
 MAX_DEPTH = 200
 """How deep a state may nest; pickling a deeper one would overflow the interpreter's stack."""
 
-_MAX_VALUES = 2_000_000
+_MAX_REPEATED = 200_000  # values that shared containers may add when they are walked once for each place they are in
 CONTAINERS = (dict, OrderedDict, Counter, list, tuple)
 _LEAVES = (type(None), bool, int, float, complex, str, bytes, bytearray, set)
 
@@ -155,13 +155,21 @@ def children(value: Any) -> Iterator[tuple[Any, Any]]:
 
 def walk(tree: Any) -> Iterator[tuple[Path, Any]]:
     """Each leaf with its path, in order. Empty containers count as leaves."""
-    waiting: list[tuple[Path, Any]] = [((), tree)]
-    while waiting:
-        at, value = waiting.pop()
-        if type(value) in CONTAINERS and value:
-            waiting.extend(reversed([((*at, key), child) for key, child in children(value)]))
+    if type(tree) not in CONTAINERS or not tree:
+        yield (), tree
+        return
+    path: list[Any] = []
+    open_containers = [children(tree)]
+    while open_containers:
+        for key, child in open_containers[-1]:
+            if type(child) in CONTAINERS and child:
+                path.append(key)
+                open_containers.append(children(child))
+                break
+            yield (*path, key), child
         else:
-            yield at, value
+            open_containers.pop()
+            del path[-1:]
 
 
 def path_text(path: Path) -> str:
@@ -177,26 +185,33 @@ def storage_names(tree: Any) -> Callable[[str], str]:
     """A function from a record's name to the tensor in it, "" where it holds none."""
     holders: dict[str, str] = {}
     for path, leaf in walk(tree):
-        if isinstance(leaf, TensorRef):
-            holders.setdefault(f"data/{leaf.storage.key}", path_text(path))
+        if isinstance(leaf, TensorRef) and f"data/{leaf.storage.key}" not in holders:
+            holders[f"data/{leaf.storage.key}"] = path_text(path)
     return lambda record: holders.get(record, "")
 
 
 def _check(tree: Any, name: str) -> None:
-    """Refuse cycles, deep nesting, and sharing that would unfold into more values than a state has."""
+    """Refuse cycles, deep nesting, and sharing that would unfold into many more values than there are."""
     sizes: dict[int, int] = {}
     open_ids: set[int] = set()
+    repeated = 0
 
     def measure(value: Any, depth: int) -> int:
+        nonlocal repeated
         if type(value) not in CONTAINERS:
             if not isinstance(value, (TensorRef, TorchValue)) and type(value) not in _LEAVES:
-                raise UnsafeCheckpointError(f"{name} holds a bare {type(value).__name__.strip('_')}, not plain data")
+                raise UnsafeCheckpointError(
+                    f"{name}: it holds a bare {type(value).__name__.strip('_')}, not plain data"
+                )
             return 1
         if id(value) in sizes:
+            repeated += sizes[id(value)]
+            if repeated > _MAX_REPEATED:
+                raise UnsafeCheckpointError(f"{name}: it unfolds into {_MAX_REPEATED:,} values more than it holds")
             return sizes[id(value)]
         if id(value) in open_ids or depth > MAX_DEPTH:
             kind = "contains itself" if id(value) in open_ids else f"is nested deeper than {MAX_DEPTH} levels"
-            raise UnsafeCheckpointError(f"{name} {kind}: not a state that this library or torch wrote")
+            raise UnsafeCheckpointError(f"{name}: it {kind}, as no state does that this library or torch wrote")
         open_ids.add(id(value))
         inside = [child for _, child in children(value)]
         if hasattr(value, "_metadata"):
@@ -206,5 +221,4 @@ def _check(tree: Any, name: str) -> None:
         sizes[id(value)] = size
         return size
 
-    if measure(tree, 0) > _MAX_VALUES:
-        raise UnsafeCheckpointError(f"{name} unfolds into more than {_MAX_VALUES:,} values: refused")
+    measure(tree, 0)

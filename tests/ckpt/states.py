@@ -32,13 +32,14 @@ class Memory:
         self.size = len(self.data)
 
     def read_into(self, offset, buffer):
+        """Fill the buffer."""
         found = self.data[offset : offset + len(buffer)]
         if len(found) < len(buffer):
             raise CorruptCheckpointError(self.name, "", "ends too early")
         buffer[:] = found
 
     def map(self):
-        return None
+        """There is nothing to map."""
 
 
 def opened(data):
@@ -169,33 +170,40 @@ class Pickle:
         return Pickle(self.code + code)
 
     def text(self, value):
+        """Push a string."""
         encoded = value.encode()
         return self + (b"X" + struct.pack("<I", len(encoded)) + encoded)
 
     def number(self, value):
+        """Push a whole number."""
         size = value.bit_length() // 8 + 1
         return self + (b"\x8a" + bytes([size]) + value.to_bytes(size, "little", signed=True))
 
     def name(self, name):
+        """Push what a dotted name stands for."""
         module, _, last = name.rpartition(".")
         return self + f"c{module}\n{last}\n".encode()
 
     def numbers(self, values):
+        """Push a tuple of whole numbers."""
         made = self + b"("
         for value in values:
             made = made.number(value)
         return made + b"t"
 
     def storage(self, kind="FloatStorage", key="0", count=4):
+        """Push a storage."""
         return ((self + b"(").text("storage").name(f"torch.{kind}").text(key).text("cpu").number(count)) + b"tQ"
 
     def tensor(self, offset=0, shape=(4,), stride=(1,), **storage):
+        """Push a tensor over a storage."""
         made = ((self.name("torch._utils._rebuild_tensor_v2") + b"(").storage(**storage)).number(offset)
         made = made.numbers(shape).numbers(stride) + b"\x89"
         return made.name("collections.OrderedDict") + b")RtR"
 
     @property
     def done(self):
+        """The finished pickle."""
         return self.code + b"."
 
 
