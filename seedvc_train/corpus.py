@@ -103,9 +103,7 @@ def _plan(speaker: _Speaker, random: np.random.Generator) -> _Tracks:
     rows: list[tuple[float, ...]] = []  # frames, vowel, voice, noise, centre, width
 
     def add(seconds: float, vowel: int, voice: float, noise: float, fricative: int) -> None:
-        rows.append(
-            (seconds / speaker.tempo * SAMPLE_RATE / _HOP, vowel, voice, noise, *_FRICATIVES[fricative])
-        )
+        rows.append((seconds / speaker.tempo * SAMPLE_RATE / _HOP, vowel, voice, noise, *_FRICATIVES[fricative]))
 
     add(random.uniform(0.1, 0.2), 0, 0.0, 0.0, 0)
     for syllables in random.integers(4, 8, size=2):

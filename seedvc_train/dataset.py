@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 import os
+import signal
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -250,13 +253,9 @@ class ClipDataset(Dataset[Item]):
         ValueError: ``mel`` expects another sample rate than the corpus is read at.
     """
 
-    def __init__(
-        self, corpus: Corpus, mel: MelSpectrogram, front_end: FrontEnd, seed: int, epoch: int
-    ) -> None:
+    def __init__(self, corpus: Corpus, mel: MelSpectrogram, front_end: FrontEnd, seed: int, epoch: int) -> None:
         if mel.sr != corpus.sr:
-            raise ValueError(
-                f"the mel spectrogram expects {mel.sr} Hz but the corpus is read at {corpus.sr} Hz"
-            )
+            raise ValueError(f"the mel spectrogram expects {mel.sr} Hz but the corpus is read at {corpus.sr} Hz")
         self.corpus, self.mel, self.front_end = corpus, mel, front_end
         self.seed, self.epoch = seed, epoch
 
@@ -299,7 +298,7 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device) -> Batch:
         """The batch on another device."""
-        return Batch(*(value if value is None else value.to(device, non_blocking=True) for value in self))
+        return Batch._make(value if value is None else value.to(device, non_blocking=True) for value in self)
 
 
 def collate(items: Sequence[Item]) -> Batch:
@@ -335,6 +334,9 @@ def loader(
     Iterating yields `Batch`. The generator is the loader's own: without one, iterating would draw a seed for
     the workers from torch's global generator, and a resumed run would diverge from an uninterrupted one.
     """
+    if num_workers:
+        atexit.unregister(_end_workers)
+        atexit.register(_end_workers)  # the last one registered is the first one called
     return DataLoader(
         dataset,
         batch_sampler=batches,
@@ -344,3 +346,11 @@ def loader(
         worker_init_fn=ignore_in_worker,
         generator=torch.Generator().manual_seed(0),
     )
+
+
+def _end_workers() -> None:
+    """At exit, kill what an error left running: workers ignore the SIGTERM after which Python would wait for them."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report the kills as errors of their own
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()

@@ -3,12 +3,14 @@
 import os
 import pickle
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import soundfile
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from seedvc_train import dataset as dataset_module
@@ -28,6 +30,7 @@ from seedvc_train.features import Features
 from seedvc_train.features.builtin import BuiltinFrontEnd
 
 SR = 16000
+UNREADABLE = "/proc/self/mem"  # a regular file whose first byte cannot be read, even by root
 
 
 def write(path, seconds=1.2, rate=16000, channels=1, seed=0, **kind) -> str:
@@ -130,10 +133,12 @@ def test_each_unusable_file_is_skipped_once_with_its_reason(tmp_path):
     (tmp_path / "text.wav").write_text("hello " * 1000)
     (tmp_path / "empty.ogg").touch()
     os.mkfifo(tmp_path / "pipe.wav")
+    os.symlink(UNREADABLE, tmp_path / "unreadable.wav")
     write(str(tmp_path / "short.wav"), seconds=0.99)
     write(str(tmp_path / "long.wav"), seconds=30.01, rate=8000)
     soundfile.write(tmp_path / "nan.wav", np.full(32000, np.nan, np.float32), 16000, subtype="FLOAT")
     expected |= {"text.wav": "cannot be decoded", "empty.ogg": "empty file", "pipe.wav": "not a file"}
+    expected |= {"unreadable.wav": "Input/output error"}
     expected |= {"short.wav": "shorter than 1 s: 0.99 s", "long.wav": "longer than 30 s", "nan.wav": "NaN"}
     corpus = look(tmp_path)
     assert paths(corpus) == ["good.wav"]
@@ -260,6 +265,7 @@ def test_positions_outside_an_epoch_are_refused(args):
 
 
 @settings(deadline=None)
+@example([[1, 23], [12, 3], [123]])
 @given(st.lists(st.lists(st.integers(0, 2**64), min_size=1, max_size=3), unique_by=tuple, max_size=20))
 def test_mixed_seeds_do_not_collide(lists):
     """Different numbers, orders and counts give different seeds, which a generator accepts."""
@@ -295,7 +301,7 @@ def test_clips_of_an_epoch_draw_different_numbers(corpus):
     assert len({tuple(dataset[index].style.tolist()) for index in range(5)}) == 5
 
 
-@pytest.mark.parametrize("change", ["other", "cut", "gone", "longer"])
+@pytest.mark.parametrize("change", ["other", "cut", "gone", "longer", "unreadable"])
 def test_a_file_that_changes_under_a_run_is_named(corpus, change):
     """A clip that passed the scan raises only if its file changed, and then says which and that it did."""
     path = os.path.join(corpus.root, "2.wav")
@@ -305,6 +311,9 @@ def test_a_file_that_changes_under_a_run_is_named(corpus, change):
         os.truncate(path, 20000)
     elif change == "gone":
         os.remove(path)
+    elif change == "unreadable":
+        os.remove(path)
+        os.symlink(UNREADABLE, path)
     else:
         write(path, 31.0)
     dataset = prepared(corpus)
@@ -319,6 +328,26 @@ def test_a_changed_file_is_named_from_a_worker_too(corpus):
     write(os.path.join(corpus.root, "2.wav"), 1.2, seed=9)
     with pytest.raises(DatasetError, match="has changed since the run started"):
         list(loader(prepared(corpus), EpochBatches(5, 2, 0, 0), num_workers=1))
+
+
+def test_an_error_in_a_worker_ends_the_program(corpus, tmp_path):
+    """A run that a changed file stops says so and exits; it does not wait for its other workers for ever."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os\n"
+        "from seedvc_train.audio import MelSpectrogram\n"
+        "from seedvc_train.dataset import ClipDataset, EpochBatches, loader, scan\n"
+        "from seedvc_train.features.builtin import BuiltinFrontEnd\n"
+        f"corpus = scan({corpus.root!r}, {SR}, progress=False)\n"
+        f"os.remove({os.path.join(corpus.root, '2.wav')!r})\n"
+        f"clips = ClipDataset(corpus, MelSpectrogram({SR}, 512, 512, 256, 20), BuiltinFrontEnd(24, 6), 0, 0)\n"
+        "for batch in loader(clips, EpochBatches(5, 1, 0, 0), num_workers=2):\n"
+        "    pass\n"
+    )
+    ended = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 1
+    assert "has changed since the run started" in ended.stderr
+    assert "killed" not in ended.stderr
 
 
 def test_a_mel_for_another_rate_is_refused(corpus):
@@ -351,9 +380,7 @@ def test_a_batch_holds_every_value_and_pads_the_rest(lengths, with_f0):
     items = [item(t, n, m if with_f0 else None, fill) for (t, n, m), fill in zip(lengths, fills, strict=True)]
     batch = collate(items)
     assert batch.mel.shape == (len(items), 3, max(t for t, _, _ in lengths))
-    assert (
-        batch.content.shape == batch.shifted_content.shape == (len(items), max(n for _, n, _ in lengths), 2)
-    )
+    assert batch.content.shape == batch.shifted_content.shape == (len(items), max(n for _, n, _ in lengths), 2)
     assert batch.style.tolist() == [[fill] * 4 for fill in fills]
     assert batch.mel_lens.dtype == batch.content_lens.dtype == torch.int64
     assert batch.mel_lens.tolist() == [t for t, _, _ in lengths]
@@ -388,9 +415,7 @@ def test_loading_leaves_the_global_random_states_alone(corpus, workers):
     """Torch, NumPy and Python draw the same numbers after an epoch as without it."""
 
     def states() -> list[bytes]:
-        return [
-            pickle.dumps(s) for s in (torch.get_rng_state().numpy(), np.random.get_state(), random.getstate())
-        ]
+        return [pickle.dumps(s) for s in (torch.get_rng_state().numpy(), np.random.get_state(), random.getstate())]
 
     before = states()
     assert len(list(loader(prepared(corpus), EpochBatches(5, 2, 0, 0), workers))) == 3
