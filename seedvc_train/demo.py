@@ -28,10 +28,10 @@ _PATIENCE = 600  # seconds
 def demo() -> int:
     """Run ``seedvc-train`` on a made-up corpus, kill it, start it again, and tell what happened; return 0 or 1."""
     folder = next(name for name in _names() if not os.path.exists(name))
-    recordings, run = os.path.join(folder, "recordings"), os.path.join(folder, "runs", "demo")
+    recordings, run = os.path.join(folder, "recordings"), os.path.join(folder, "my_run")
     clips = write_demo_corpus(recordings)
     _say(f"1. {len(clips)} recordings of two made-up voices are in {recordings}")
-    options = f"--dataset-dir {recordings} --log-dir {folder}/runs --run-name demo --lr 1e-3"
+    options = f"--dataset-dir {recordings} --log-dir {folder} --lr 1e-3"
     options += f" --max-steps {_MAX_STEPS} --save-every {_SAVE_EVERY}"
     command = [sys.executable, "-m", "seedvc_train", *shlex.split(options)]
     _say(f"2. seedvc-train {options}")

@@ -17,6 +17,7 @@ class Progress:
 
     def __init__(self, step: int, max_steps: int) -> None:
         self._saved = str(step or "-")
+        self._loss = float("nan")
         self._first = step
         self._max_steps = max_steps
         self._began = time.monotonic()
@@ -27,7 +28,7 @@ class Progress:
             unit="step",
             dynamic_ncols=True,
             disable=not self._terminal,
-            bar_format="{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{rate_fmt}, {remaining} left] {postfix}",
+            bar_format="{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{rate_fmt}, {remaining} left{postfix}]",
         )
 
     def __enter__(self) -> Progress:
@@ -40,12 +41,17 @@ class Progress:
 
     def step(self, loss: float) -> None:
         """A step is done."""
-        self._bar.set_postfix_str(f"loss {loss:.4f}, saved {self._saved}", refresh=False)
+        self._loss = loss
+        self._bar.set_postfix_str(self._postfix(), refresh=False)
         self._bar.update()
 
     def saved(self, step: int) -> None:
         """A checkpoint is durable."""
         self._saved = str(step)
+        self._bar.set_postfix_str(self._postfix())
+
+    def _postfix(self) -> str:
+        return f"loss {self._loss:.4f}, saved {self._saved}"
 
     def logged(self, step: int, loss: float) -> None:
         """A line of the log was written."""
