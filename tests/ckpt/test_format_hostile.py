@@ -414,7 +414,9 @@ def test_a_file_that_claims_gigabytes_takes_little_memory(tmp_path):
             file.seek(size)
             file.write(tail)
         code = (
-            "import resource, sys\nfrom seedvc_ckpt import CheckpointError\nfrom seedvc_ckpt.file import CheckpointFile\n"
+            "import resource, sys\n"
+            "from seedvc_ckpt import CheckpointError\n"
+            "from seedvc_ckpt.file import CheckpointFile\n"
             "resource.setrlimit(resource.RLIMIT_AS, (600 << 20,) * 2)\n"
             "try: CheckpointFile.at(sys.argv[1]).inspect()\n"
             "except CheckpointError as error: print(type(error).__name__)"
