@@ -52,7 +52,9 @@ def _run_name(_ctx: click.Context, _parameter: click.Parameter, value: str) -> s
 @click.option("--device", help="cpu, cuda, cuda:N or mps.  [default: a GPU where there is one]")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of everything random.")
 @click.option("--lr", type=click.FloatRange(min=0, min_open=True), help="Learning rate.  [default: 1e-5]")
-@click.option("--keep-last", type=click.IntRange(min=1), default=2, show_default=True, help="Newest checkpoints to keep.")
+@click.option(
+    "--keep-last", type=click.IntRange(min=1), default=2, show_default=True, help="Newest checkpoints to keep."
+)
 @click.option("--keep-every", type=click.IntRange(min=1), metavar="STEPS", help="Keep multiples of this for good.")
 @click.option("--sync-save", is_flag=True, help="Wait for each save.  [the only way in this version]")
 @click.option("--resume", default="auto", show_default=True, callback=_resume, metavar="auto|never|STEP",
@@ -84,8 +86,6 @@ def _train(options: dict[str, Any]) -> int:
     log_dir = options["log_dir"] or config.log_dir
     if "://" in log_dir:
         raise click.UsageError(f"--log-dir {log_dir}: this version trains into local folders only")
-    import torch
-
     from seedvc_ckpt import CheckpointStore, keep_every, keep_last
     from seedvc_train import run
     from seedvc_train.audio import MelSpectrogram
@@ -93,6 +93,7 @@ def _train(options: dict[str, Any]) -> int:
     from seedvc_train.features.builtin import BuiltinFrontEnd
     from seedvc_train.loop import Limits, train
     from seedvc_train.model import build_model
+    from seedvc_train.optim import LEARNING_RATE
     from seedvc_train.randomness import seed_all
     from seedvc_train.settings import Settings
     from seedvc_train.state import TrainingState
@@ -100,9 +101,9 @@ def _train(options: dict[str, Any]) -> int:
     sound, seed = config.preprocess_params, options["seed"]
     device = _device(options["device"], options["gpu"])
     corpus = scan(options["dataset_dir"], sound.sr)
-    click.echo(f"{len(corpus.clips)} clips, {corpus.seconds / 60:.1f} minutes")
+    _say(f"{len(corpus.clips)} clips, {corpus.seconds / 60:.1f} minutes")
     for skipped in corpus.skipped:
-        click.echo(f"  skipped {skipped.path}: {skipped.reason}")
+        _say(f"  skipped {skipped.path}: {skipped.reason}")
     mel = MelSpectrogram(sound.sr, **sound.spect_params.model_dump())
     front_end = BuiltinFrontEnd(config.model_params.length_regulator.in_channels, config.model_params.style_encoder.dim)
     batch_size = options["batch_size"] or config.batch_size
@@ -113,8 +114,6 @@ def _train(options: dict[str, Any]) -> int:
         return loader(ClipDataset(corpus, mel, front_end, seed, epoch), order, options["num_workers"])
 
     seed_all(seed)
-    from seedvc_train.optim import LEARNING_RATE
-
     state = TrainingState.fresh(build_model(config.model_params).to(device), options["lr"] or LEARNING_RATE)
     folder = os.path.join(log_dir, options["run_name"])
     rules = [keep_last(options["keep_last"])]
@@ -130,16 +129,21 @@ def _train(options: dict[str, Any]) -> int:
             pretrained=options["pretrained_ckpt"],
             lr=options["lr"],
             allow_changes=options["allow_changes"],
-            say=click.echo,
+            say=_say,
         )
         run.keep_config(folder, options["config"])
         limits = Limits(options["max_steps"], options["max_epochs"], options["save_every"], config.log_interval)
         code = train(state, batches, store, settings, limits, folder)
         if code:
-            click.echo(f"stopped at step {state.step}, saved; start the same command again to go on")
+            _say(f"stopped at step {state.step}, saved; start the same command again to go on")
         else:
-            click.echo(f"done at step {state.step}: {run.publish_weights(store, click.echo)}")
+            _say(f"done at step {state.step}: {run.publish_weights(store, _say)}")
     return code
+
+
+def _say(line: str) -> None:
+    """Print a line; a file name that is no text is shown escaped."""
+    click.echo(line.encode(errors="backslashreplace").decode())
 
 
 def _device(device: str | None, gpu: int | None) -> torch.device:
@@ -162,7 +166,7 @@ def _device(device: str | None, gpu: int | None) -> torch.device:
         raise click.UsageError(f"--device {device}: this machine or this build of torch has none; use --device cpu")
     if found.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.use_deterministic_algorithms(mode=True, warn_only=True)
     return found
 
 

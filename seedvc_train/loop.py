@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ from seedvc_ckpt import CheckpointStore
 from seedvc_train.dataset import Batch
 from seedvc_train.interruption import Interruption
 from seedvc_train.metrics import MetricsLog
-from seedvc_train.model import draw_prompt_lens
+from seedvc_train.model import FlowMatching, draw_prompt_lens
 from seedvc_train.model.dit import length_mask
 from seedvc_train.optim import clip_gradients
 from seedvc_train.progress import Progress
@@ -81,7 +82,7 @@ def train(
                 if not math.isfinite(loss.item()):
                     raise TrainingError(_not_finite(loss.item(), state.step, saved))
                 state.model.zero_grad(set_to_none=True)
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call]
                 clip_gradients(state.model)
                 for name, optimizer in state.optimizers.items():
                     optimizer.step()
@@ -115,14 +116,13 @@ def train(
 
 def training_loss(model: nn.ModuleDict, batch: Batch) -> torch.Tensor:
     """The flow-matching loss of a batch, with content of the true voice in the prompt and of a shifted one after it."""
-    regulate, cfm = model["length_regulator"], model["cfm"]
+    regulate, cfm = model["length_regulator"], cast("FlowMatching", model["cfm"])
     prompt_lens = draw_prompt_lens(batch.mel_lens)
     true = regulate(batch.content, ylens=batch.mel_lens, f0=batch.f0)
     shifted = regulate(batch.shifted_content, ylens=batch.mel_lens, f0=batch.f0)
     in_prompt = length_mask(prompt_lens, true.shape[1])[..., None]
     cond = torch.where(in_prompt, true, shifted)
-    loss: torch.Tensor = cfm.loss(batch.mel, batch.mel_lens, prompt_lens, cond, batch.style)
-    return loss
+    return cfm.loss(batch.mel, batch.mel_lens, prompt_lens, cond, batch.style)
 
 
 def _not_finite(loss: float, step: int, saved: int) -> str:

@@ -57,4 +57,6 @@ class Progress:
         """A line of the log was written."""
         if not self._terminal:
             rate = (step - self._first) / (time.monotonic() - self._began)
-            click.echo(f"step {step}/{self._max_steps}  loss {loss:.4f}  {rate:.2f} steps/s  saved {self._saved}", err=True)
+            click.echo(
+                f"step {step}/{self._max_steps}  loss {loss:.4f}  {rate:.2f} steps/s  saved {self._saved}", err=True
+            )

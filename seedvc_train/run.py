@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
 
 from seedvc_ckpt import CheckpointError, CheckpointNotFoundError, CheckpointStore
 from seedvc_ckpt.file import CheckpointFile
 from seedvc_ckpt.storage import open_storage
+from seedvc_ckpt.store import Resumed
 from seedvc_train import metrics
 from seedvc_train.optim import set_learning_rate
 from seedvc_train.settings import Settings
@@ -57,35 +57,47 @@ def begin(
         for info in store.rewind(int(resume)):
             say(f"set {info.name} aside: the run goes back to step {resume}")
     found = store.resume()
-    if found is None:
-        say("starting at step 0")
-        if pretrained is not None:
-            _start_from(state, pretrained, say)
+    if found is not None:
+        _go_on(state, store.location, found, settings, lr=lr, allow_changes=allow_changes, say=say)
         return
+    say("starting at step 0")
+    if pretrained is not None:
+        for line in load_pretrained(state.model, CheckpointFile.at(pretrained).load(), pretrained):
+            say(f"  {line}")
+
+
+def _go_on(
+    state: TrainingState,
+    location: str,
+    found: Resumed,
+    settings: Settings,
+    *,
+    lr: float | None,
+    allow_changes: bool,
+    say: Callable[[str], None],
+) -> None:
     for info, reason in found.rejected:
         say(f"set {info.name} aside, it is damaged: {reason}")
     recorded = recorded_settings(found.state)
     changes = recorded.changes(settings) if recorded else []
     if changes and not allow_changes:
-        raise ChangedRunError(_refusal(store.location, found.info.name, changes))
+        raise ChangedRunError(_refusal(location, found.info.name, changes))
     try:
         missing = state.restore(found.state)
     except StateError as error:
         raise StateError(
-            f"can't go on from {found.info.name} in {store.location}: {error}\nUse the config that it was trained "
-            "with, another --run-name, or start anew with --resume never"
+            f"can't go on from {found.info.name} in {location}: {error}\nUse the config that it was trained with, "
+            "another --run-name, or start anew with --resume never"
         ) from None
-    if state.step != found.info.step:
-        say(f"{found.info.name} says step {found.info.step} in its name and {state.step} inside; going by the inside")
     if lr is not None:
         set_learning_rate(state.optimizers, state.schedulers, lr)
     say(f"resumed from step {state.step} ({found.info.name})")
+    if state.step != found.info.step:
+        say(f"  its name says step {found.info.step}; going by what it holds")
     if found.rejected:
         say(f"  the {found.rejected[0][0].step - state.step} steps after it were lost with the damaged files")
-    for line in missing:
-        say(f"  not recorded there: {line}")
-    for line in changes:
-        say(f"  changed: {line}")
+    for line in [f"not recorded there: {line}" for line in missing] + [f"changed: {line}" for line in changes]:
+        say(f"  {line}")
     if recorded and recorded.moves_batches(settings):
         state.position = 0
         say(f"  epoch {state.epoch} starts over, since its batches are others now")
@@ -135,12 +147,6 @@ def _set_all_aside(store: CheckpointStore, say: Callable[[str], None]) -> None:
             continue  # a run of Seed-VC's own trainer has no metrics
     if infos:
         say(f"set {len(infos)} checkpoints of an earlier run aside, in {store.location}/aside")
-
-
-def _start_from(state: TrainingState, pretrained: str, say: Callable[[str], None]) -> None:
-    checkpoint: Any = CheckpointFile.at(pretrained).load()
-    for line in load_pretrained(state.model, checkpoint, pretrained):
-        say(f"  {line}")
 
 
 def _refusal(location: str, name: str, changes: list[str]) -> str:

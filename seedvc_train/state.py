@@ -120,7 +120,7 @@ class TrainingState:
                     missing.append(f"the {kind} of {name}, which starts anew")
                     continue
                 try:
-                    target.load_state_dict(saved[name])  # type: ignore[attr-defined]
+                    target.load_state_dict(saved[name])
                 except (ValueError, KeyError) as error:
                     raise StateError(f"its {key} state of {name} does not fit: {error}") from error
         return missing
@@ -180,7 +180,9 @@ def _net(checkpoint: Any) -> dict[str, Any]:
     if not isinstance(net, dict) or not all(isinstance(tensors, dict) for tensors in net.values()):
         raise StateError("it holds no weights ('net'): it is no checkpoint of Seed-VC's layout")
     return {
-        f"{module}.{key.removeprefix('module.')}": tensor for module, tensors in net.items() for key, tensor in tensors.items()
+        f"{module}.{key.removeprefix('module.')}": tensor
+        for module, tensors in net.items()
+        for key, tensor in tensors.items()
     }
 
 

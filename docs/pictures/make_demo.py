@@ -1,6 +1,6 @@
 """Draw docs/pictures/demo.svg: what `make demo` shows on a terminal. Needs rich. Run it from an empty folder.
 
-    python docs/pictures/make_demo.py
+python docs/pictures/make_demo.py
 """
 
 from __future__ import annotations
@@ -33,12 +33,16 @@ def run_on_a_terminal(words: list[str]) -> str:
         with contextlib.suppress(OSError):
             while read := os.read(ours, 4096):
                 shown += read
-    assert process.returncode == 0, shown.decode()
+    if process.returncode:
+        raise SystemExit(shown.decode())
     lines = shown.decode().replace("\r\n", "\n").split("\n")
-    return "\n".join([part for part in line.split("\r") if part.strip()][-1:][0] if line.strip() else "" for line in lines)
+    return "\n".join(
+        [part for part in line.split("\r") if part.strip()][-1:][0] if line.strip() else "" for line in lines
+    )
 
 
 def main() -> None:
+    """Draw the picture."""
     text = run_on_a_terminal([sys.executable, "-m", "seedvc_train", "--demo"])
     console = Console(record=True, width=COLUMNS, file=io.StringIO())
     console.print(Text.from_ansi("$ make demo\n" + text.strip("\n")), soft_wrap=True)

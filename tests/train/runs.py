@@ -1,4 +1,4 @@
-"""Small training runs for the tests: a corpus of made-up speech and the command, in this process or in one of its own."""
+"""Small training runs for the tests: the command in this process or in one of its own."""
 
 from __future__ import annotations
 

@@ -197,7 +197,8 @@ def test_pretrained_weights_start_a_run(recordings: Path, tmp_path: Path, prefix
     assert "starting at step 0" in result.output
     assert "cfm.estimator.cond_projection.bias" in result.output
     net = CheckpointStore(tmp_path / "run").load()["net"]
-    assert torch.allclose(net["cfm"]["estimator.cond_x_merge_linear.weight"], state["net"]["cfm"]["estimator.cond_x_merge_linear.weight"], atol=1e-9)  # fmt: skip
+    name = "estimator.cond_x_merge_linear.weight"
+    assert torch.allclose(net["cfm"][name], state["net"]["cfm"][name], atol=1e-9)
     assert not torch.equal(net["cfm"]["estimator.cond_projection.bias"], dropped)
 
 

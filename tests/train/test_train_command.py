@@ -102,7 +102,14 @@ def test_recordings_of_all_kinds_train(tmp_path: Path) -> None:
     folder.mkdir()
     random = np.random.default_rng(0)
     for number, (rate, channels, suffix) in enumerate(
-        [(8000, 1, "wav"), (16000, 2, "flac"), (24000, 1, "ogg"), (44100, 2, "mp3"), (48000, 1, "opus"), (48000, 2, "wav")]
+        [
+            (8000, 1, "wav"),
+            (16000, 2, "flac"),
+            (24000, 1, "ogg"),
+            (44100, 2, "mp3"),
+            (48000, 1, "opus"),
+            (48000, 2, "wav"),
+        ]
     ):
         time = np.arange(int(1.5 * rate)) / rate
         wave = 0.3 * np.sin(2 * np.pi * 220 * time) + 0.01 * random.standard_normal(len(time))
@@ -112,11 +119,13 @@ def test_recordings_of_all_kinds_train(tmp_path: Path) -> None:
     (folder / "torn.flac").write_bytes(torn[: len(torn) // 2])
     (folder / "text.wav").write_text("this is no sound")
     (folder / "notes.txt").write_text("neither is this")
+    (folder / os.fsdecode(b"\xff not text.wav")).write_text("nor this")
     result = runs.train(folder, tmp_path, max_steps=4)
     assert result.return_value == 0, result.exception
     assert "6 clips" in result.output
     assert result.output.count("skipped torn.flac") == 1
     assert result.output.count("skipped text.wav") == 1
+    assert "\\udcff not text.wav" in result.output
 
 
 @pytest.mark.parametrize("name", ["xlsr_tiny", "whisper_small_wavenet", "whisper_base_f0_44k"])
@@ -203,7 +212,9 @@ def test_the_prompt_hears_the_true_voice() -> None:
         return torch.zeros(())
 
     model["cfm"].loss = spy
-    training_loss(model, Batch(torch.randn(2, 20, 40), lens, true, shifted, torch.tensor([20, 20]), torch.randn(2, 16), None))
+    training_loss(
+        model, Batch(torch.randn(2, 20, 40), lens, true, shifted, torch.tensor([20, 20]), torch.randn(2, 16), None)
+    )
     prompt_lens, cond = heard
     assert 0 < prompt_lens.max() < 40
     of_true, of_shifted = (model["length_regulator"](content, ylens=lens) for content in (true, shifted))
