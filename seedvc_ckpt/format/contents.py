@@ -10,7 +10,7 @@ from typing import Any
 
 from seedvc_ckpt.errors import CorruptCheckpointError, UnsafeCheckpointError
 from seedvc_ckpt.format.archive import Archive
-from seedvc_ckpt.format.unpickle import ITEM_SIZES, Storage, unpickle
+from seedvc_ckpt.format.unpickle import DIFFERENTIABLE, ITEM_SIZES, Storage, unpickle
 
 __all__ = [
     "CONTAINERS",
@@ -107,6 +107,8 @@ class _RefBuilder:
     def parameter(self, tensor: Any, *, requires_grad: bool) -> TensorRef:
         if not isinstance(tensor, TensorRef):
             raise TypeError("a parameter without a tensor")
+        if requires_grad and not DIFFERENTIABLE.match(tensor.dtype):
+            raise TypeError(f"a parameter of type {tensor.dtype} that requires a gradient")
         place = (tensor.storage, tensor.dtype, tensor.offset, tensor.shape, tensor.stride)
         return TensorRef(*place, requires_grad=requires_grad, parameter=True)
 

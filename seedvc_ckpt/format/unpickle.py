@@ -18,7 +18,7 @@ from typing import Any, Protocol, TypeVar
 
 from seedvc_ckpt.errors import UnsafeCheckpointError
 
-__all__ = ["ITEM_SIZES", "STORAGE_TYPES", "Builder", "Storage", "list_globals", "unpickle"]
+__all__ = ["DIFFERENTIABLE", "ITEM_SIZES", "STORAGE_TYPES", "Builder", "Storage", "list_globals", "unpickle"]
 
 ITEM_SIZES = {
     **dict.fromkeys(["bool", "uint8", "int8"], 1),
@@ -46,7 +46,9 @@ STORAGE_TYPES = {
 }
 """torch's storage class for each dtype that has one; tensors of other dtypes sit in untyped storages."""
 
-_DIFFERENTIABLE = re.compile("b?float|complex")
+DIFFERENTIABLE = re.compile("b?float|complex")
+"""Matches the dtypes whose tensors may require a gradient."""
+
 _STORAGE_DTYPES = {name: dtype for dtype, name in STORAGE_TYPES.items()}
 _MAX_OPERATIONS = 2_000_000  # more than any model's state needs; bounds time and memory of a hostile pickle
 _MAX_UNFOLDED = 1 << 30  # bytes that a tensor whose elements share memory may have; bounds what copying it takes
@@ -364,7 +366,7 @@ class _Machine:
             raise _RefusedError("it has a tensor with a shape, strides or an offset that no memory can hold")
         if type(requires_grad) is not bool or len(shape) != len(stride):
             raise _RefusedError(f"it has a tensor of shape {shape} and strides {stride}")
-        if requires_grad and not _DIFFERENTIABLE.match(dtype):
+        if requires_grad and not DIFFERENTIABLE.match(dtype):
             raise _RefusedError(f"it has a tensor of type {dtype} that requires a gradient")
         last = offset + sum((length - 1) * step for length, step in zip(shape, stride, strict=True))
         if 0 not in shape and (last + 1) * ITEM_SIZES[dtype] > storage.nbytes:

@@ -88,6 +88,16 @@ def test_overlapping_views_share_one_record_and_go_on_sharing_memory(reader):
     assert loaded["right"][1] == loaded["odd"][200] == loaded["matrix"][1, 4] == -1
 
 
+def test_a_view_inside_another_does_not_end_the_sharing():
+    """What overlaps the large view only, behind the end of a small one, still belongs to the same record."""
+    base = torch.arange(100.0)
+    state = {"large": base[:90], "inner": base[10:20], "late": base[50:60]}
+    loaded = states.load(states.save(state))
+    loaded["large"][:] = -1
+    assert (loaded["inner"] == -1).all()
+    assert (loaded["late"] == -1).all()
+
+
 def test_views_of_one_memory_as_different_types_go_on_sharing_it():
     """A tensor and its bytes are one record, whichever of the two comes first."""
     base = torch.arange(100, dtype=torch.float64)
@@ -97,6 +107,8 @@ def test_views_of_one_memory_as_different_types_go_on_sharing_it():
     loaded["numbers"][3] = 0
     assert not loaded["bytes"][5:13].any()
     assert not loaded["half"][:4].any()
+    odd = {"bytes": base.view(torch.uint8)[3:40], "numbers": base[1:5]}
+    assert states.difference(odd, states.load(states.save(odd))) is None
 
 
 def test_neighbours_in_one_storage_are_separate_records():
