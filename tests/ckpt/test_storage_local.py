@@ -85,12 +85,13 @@ def test_planted_links_are_replaced_never_followed(run, tmp_path):
     assert not (run / "a.pth").is_symlink()
 
 
-def test_temporary_files_are_made_new(run, monkeypatch):
-    """A link planted under the temporary name makes the save fail and is not written through (O_EXCL)."""
+@pytest.mark.parametrize("plant", [os.symlink, os.link])
+def test_temporary_files_are_made_new(plant, run, monkeypatch):
+    """A link or file planted under the temporary name makes the save fail and is not written to (O_EXCL)."""
     victim = run.parent / "victim"
     victim.write_text("precious")
     run.mkdir()
-    (run / ".tmp-planted").symlink_to(victim)
+    plant(victim, run / ".tmp-planted")
     monkeypatch.setattr("seedvc_ckpt.storage.local.temporary_name", lambda: ".tmp-planted")
     with pytest.raises(SaveFailedError):
         publish(run)
