@@ -530,7 +530,7 @@ class _ManifestMetrics(Mapping[CheckpointInfo, Mapping[str, float]]):
 def _metric(key: Any, value: Any) -> float:
     try:
         if isinstance(key, str) and not isinstance(value, str):
-            return float(value)
+            return float(value.item() if hasattr(value, "item") else value)  # a loss may still carry its graph
     except (TypeError, ValueError, RuntimeError):
         pass  # said below, with the metric's name
     raise ValueError(f"metrics map names to single numbers, got {key!r}: {value!r}")
