@@ -63,6 +63,7 @@ def test_only_direct_objects_are_listed(storage):
     publish(open_storage(f"{storage.location}2"), "b")
     assert names(storage) == ["a"]
     assert names(open_storage(f"{storage.location}/nothing")) == []
+    assert names(open_storage(f"{storage.location}/a")) == []
 
 
 @pytest.mark.parametrize("name", ["[x]*?#%", "a b", "a::b", "~", "Ж模", "a&b=c", "50%25"])
