@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime
-from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -105,6 +104,8 @@ class Manifest(BaseModel):
 
 def library_version() -> str:
     """The installed version of this library."""
+    from importlib.metadata import PackageNotFoundError, version  # slow to import, and listing has no use for it
+
     try:
         return version("seedvc-ckpt")
     except PackageNotFoundError:

@@ -8,6 +8,7 @@ import os
 import signal
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import TYPE_CHECKING, NamedTuple
@@ -270,9 +271,20 @@ class ClipDataset(Dataset[Item]):
         """
         wave = self.corpus.read(index)
         generator = torch.Generator().manual_seed(mixed_seed(self.seed, self.epoch, index))
-        with torch.no_grad():
+        with torch.no_grad(), _one_thread():
             heard = self.front_end(wave, self.corpus.sr, generator)
             return Item(self.mel(wave), heard.content, heard.shifted_content, heard.style, heard.f0)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    # a product of matrices can differ in its last bit with the number of threads, and loader processes have only one
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class Batch(NamedTuple):

@@ -83,7 +83,7 @@ def _go_on(
     if changes and not allow_changes:
         raise ChangedRunError(_refusal(location, found.info.name, changes))
     try:
-        missing = state.restore(found.state)
+        notes = state.restore(found.state)
     except StateError as error:
         raise StateError(
             f"can't go on from {found.info.name} in {location}: {error}\nUse the config that it was trained with, "
@@ -96,7 +96,7 @@ def _go_on(
         say(f"  its name says step {found.info.step}; going by what it holds")
     if found.rejected:
         say(f"  the {found.rejected[0][0].step - state.step} steps after it were lost with the damaged files")
-    for line in [f"not recorded there: {line}" for line in missing] + [f"changed: {line}" for line in changes]:
+    for line in [*notes, *(f"changed: {line}" for line in changes)]:
         say(f"  {line}")
     if recorded and recorded.moves_batches(settings):
         state.position = 0

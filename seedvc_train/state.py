@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import ExponentialLR
@@ -78,6 +79,7 @@ class TrainingState:
                 "running_loss": self.running_loss,
                 "settings": settings.to_plain(),
                 "random": randomness.capture(),
+                "environment": self._environment(),
             },
         }
 
@@ -85,7 +87,8 @@ class TrainingState:
         """Take over a saved state, random generators last.
 
         Returns:
-            What the checkpoint does not record, in words; empty for one of this trainer.
+            In words, why the run may not go on bit for bit: what the checkpoint does not record, or what has changed
+            in what computes the numbers. Empty for a checkpoint of this trainer, machine, torch and thread count.
 
         Raises:
             StateError: if it does not fit this model.
@@ -99,14 +102,22 @@ class TrainingState:
         ours = checkpoint.get(_OURS)
         if ours is None:
             missing += [
-                f"the position inside epoch {epoch}, which starts over",
-                "random states and the order of clips, which are drawn anew",
-                "the running loss, the settings and the data it was trained with",
+                f"not recorded: the position inside epoch {epoch}, which starts over",
+                "not recorded: random states and the order of clips, which are drawn anew",
+                "not recorded: the running loss, the settings and the data it was trained with",
             ]
             return missing
         self.position, self.running_loss = ours["position"], ours["running_loss"]
         randomness.restore(ours["random"])
-        return missing
+        now = self._environment().items()
+        changed = [f"{what}: {ours['environment'][what]} then, {value} now" for what, value in now
+                   if ours["environment"][what] != value]  # fmt: skip
+        return missing + [f"{line}, so the last bits may differ" for line in changed]
+
+    def _environment(self) -> dict[str, Any]:
+        """What computes the numbers."""
+        device = next(self.model.parameters()).device.type
+        return {"torch": str(torch.__version__), "threads": torch.get_num_threads(), "device": device}
 
     def _restore_optimizers(self, checkpoint: dict[str, Any]) -> list[str]:
         missing = []
@@ -117,7 +128,7 @@ class TrainingState:
             saved = dict(checkpoint.get(key) or [])
             for name, target in targets.items():
                 if name not in saved:
-                    missing.append(f"the {kind} of {name}, which starts anew")
+                    missing.append(f"not recorded: the {kind} of {name}, which starts anew")
                     continue
                 try:
                     target.load_state_dict(saved[name])

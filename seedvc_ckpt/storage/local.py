@@ -51,8 +51,12 @@ class LocalStorage:
         try:
             with os.scandir(self._folder) as entries:
                 for entry in entries:
-                    if _is_file(entry):
-                        yield _LocalEntry(entry)
+                    try:
+                        if not entry.is_file():
+                            continue
+                    except OSError:
+                        continue  # a link in a circle, which leads nowhere as a dangling one does
+                    yield _LocalEntry(entry)
         except FileNotFoundError:
             return
         except OSError as error:
@@ -201,13 +205,6 @@ class LocalStorage:
             needed=size,
             free=free,
         )
-
-
-def _is_file(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_file()
-    except OSError:
-        return False  # a link in a circle, which leads nowhere as a dangling one does
 
 
 class _LocalEntry:

@@ -16,10 +16,13 @@ DATA = Path(__file__).parents[1] / "data"
 _numbers = count()
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True, scope="package")
 def _one_thread():
-    """Tiny tensors are slower on many threads."""
+    """Tiny tensors are slower on many threads; other tests compare with processes that have them all."""
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

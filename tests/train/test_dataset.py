@@ -429,3 +429,20 @@ def test_batches_do_not_depend_on_the_global_random_states(corpus):
     torch.manual_seed(2)
     two = list(loader(prepared(corpus), EpochBatches(5, 2, 0, 0)))
     assert all(same(a, b) for a, b in zip(one, two, strict=True))
+
+
+def test_the_number_of_threads_does_not_change_a_clip(corpus):
+    """A loader process has one thread, the main process several: at 44.1 kHz a plain product would differ by bits."""
+    at_44k = scan(corpus.root, 44100, progress=False)
+    clips = ClipDataset(at_44k, MelSpectrogram(44100, 2048, 2048, 512, 128), BuiltinFrontEnd(768, 192), 0, 0)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = clips[0]
+        torch.set_num_threads(2)
+        two = clips[0]
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(one.mel, two.mel)
+    assert torch.equal(one.content, two.content)

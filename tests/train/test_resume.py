@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import runs
+import torch
 
 from seedvc_ckpt import CheckpointStore
 from seedvc_ckpt.file import CheckpointFile
@@ -230,3 +231,18 @@ def _wait_for_step(run: Path, step: int, process: object) -> None:
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
     raise AssertionError(f"no step {step} in a minute")
+
+
+def test_another_thread_count_is_told(recordings: Path, tmp_path: Path) -> None:
+    """What would change the last bits of the numbers, such as the number of threads, is said on resume."""
+    threads = torch.get_num_threads()
+    runs.train(recordings, tmp_path, max_steps=2)
+    try:
+        torch.set_num_threads(threads + 1)
+        result = runs.train(recordings, tmp_path, max_steps=3)
+    finally:
+        torch.set_num_threads(threads)
+    assert f"threads: {threads} then, {threads + 1} now, so the last bits may differ" in result.output
+    again = runs.train(recordings, tmp_path, max_steps=4)
+    assert "resumed from step 3" in again.output
+    assert f"threads: {threads + 1} then, {threads} now" in again.output

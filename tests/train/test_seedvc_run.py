@@ -41,7 +41,7 @@ def test_its_run_is_continued_at_the_true_step(recordings: Path, logs: Path) -> 
     result = runs.train(recordings, logs, max_steps=23, save_every=100, lr=None)
     assert "resumed from step 20 (DiT_epoch_00002_step_00020.pth)" in result.output
     for what in ("the position inside epoch 2", "random states", "the running loss"):
-        assert f"not recorded there: {what}" in result.output
+        assert f"not recorded: {what}" in result.output
     saved = CheckpointStore(logs / "run").load(23)
     assert saved["iters"] == 23
 
