@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from operator import itemgetter
 from types import TracebackType
@@ -25,7 +27,8 @@ from seedvc_ckpt.errors import (
 from seedvc_ckpt.file import CheckpointFile, Inspection, run_name
 from seedvc_ckpt.naming import SEED_VC, NamePattern, ParsedName, checked_number
 from seedvc_ckpt.retention import Plan, Rule, plan
-from seedvc_ckpt.storage import Entry, open_storage
+from seedvc_ckpt.storage import Entry, Lease, open_storage
+from seedvc_ckpt.storage.leftovers import Leftover
 
 if TYPE_CHECKING:
     import torch
@@ -56,6 +59,10 @@ class CheckpointStore:
     The listing is the only index: every call looks at what is there now. Reading needs no store of its own and never
     changes anything, except that `resume` sets damaged files aside unless the store is read-only.
 
+    One process at a time writes to a run: its first write takes the run's lease, which all stores of the process on
+    this folder share, until `close`, the end of the process, or the end of the last of these stores. Other processes
+    get `LeaseHeldError` when they write. Reading needs no lease, nor does pinning.
+
     Args:
         location: A folder or an fsspec URL (``scheme://``); made at the first save.
         pattern: How the files are named; others in the folder are never looked at.
@@ -85,6 +92,8 @@ class CheckpointStore:
         self._storage = open_storage(location, storage_options=storage_options, fs=fs)
         self._resumed: CheckpointInfo | None = None
         self._intact: set[str] = set()  # names written, or checked byte by byte, by this object
+        self._lease: Lease | None = None
+        self._release: Callable[[], object] = lambda: None
 
     def __repr__(self) -> str:
         return f"CheckpointStore({self.location!r}, pattern={self.pattern.template!r})"
@@ -107,8 +116,44 @@ class CheckpointStore:
         """The last part of the location; manifests name the run by it."""
         return run_name(self.location)
 
+    def acquire(self) -> None:
+        """Take the run's lease now, not at the first write, and remove what dead writers left in the folder.
+
+        Raises:
+            LeaseHeldError: if another process is writing to the run; it names host, process and since when.
+            StorageError: if the store is read-only or the folder can't be written.
+        """
+        self._refuse_changes("write to it")
+        if self._lease is not None:
+            self._lease.check()
+            return
+        self._lease = self._storage.lease()
+        self._release = weakref.finalize(self, self._lease.release)
+        for leftover in self.collect_garbage():
+            _log.info("removed %s from %s: %s", leftover.name, self.location, leftover.why)
+
     def close(self) -> None:
-        """End the use of the store. Reading goes on to work."""
+        """Release the lease. Reading goes on to work, and a later write takes the lease again."""
+        self._release()
+        self._lease = None
+
+    def collect_garbage(self, *, dry_run: bool = False) -> Sequence[Leftover]:
+        """Remove the temporary files of writers that died, and return what was removed; with `dry_run`, would be.
+
+        Needs no lease: a file counts only when its writer is proven to be gone.
+        """
+        found = self._storage.leftovers()
+        if dry_run:
+            return found
+        self._refuse_changes("clean it up")
+        removed = []
+        for leftover in found:
+            try:
+                self._storage.remove_leftover(leftover)
+                removed.append(leftover)
+            except StorageError as error:
+                _log.warning("not removed: %s", error)
+        return removed
 
     def list(self) -> list[CheckpointInfo]:
         """The checkpoints, ascending by (step, epoch).
@@ -160,6 +205,7 @@ class CheckpointStore:
             UnsafeCheckpointError: if the state holds what could not be loaded again, naming the path to it.
             ValueError: for a metric that is no number.
             MissingMetricError: if a retention rule needs a metric that this or an older checkpoint lacks.
+            LeaseHeldError: if another process is writing to the run.
             StorageError: if the folder can't be listed.
             SaveFailedError: if it can't be written. In all these cases nothing has changed.
         """
@@ -184,8 +230,13 @@ class CheckpointStore:
         from seedvc_ckpt.format import torchzip  # torch takes more than a second to import
 
         encoded = torchzip.encode(state, manifest)
+        if self._lease is None:
+            self.acquire()
+            self._refuse_order(self.list(), step, name, overwrite=overwrite)  # as another writer may have left it
         try:
-            published = self._storage.publish(name, encoded.size, encoded, overwrite=overwrite)
+            published = self._storage.publish(
+                name, encoded.size, encoded, overwrite=overwrite, before=self._check_lease
+            )
         except FileExistsError:
             raise CheckpointExistsError(
                 f"{name} appeared in {self.location} during the save and was left as it is: another process is "
@@ -246,7 +297,7 @@ class CheckpointStore:
             except CorruptCheckpointError as error:
                 rejected.append((info, str(error)))
                 continue
-            if not self.read_only and _rank() == 0:
+            if rejected and not self.read_only and _rank() == 0:
                 for damaged, reason in rejected:
                     self.set_aside(damaged, reason)
             self._resumed = info
@@ -293,8 +344,39 @@ class CheckpointStore:
         made = self._plan(self.list())
         if not dry_run:
             self._refuse_changes("prune it")
+            if made.remove:
+                self.acquire()
             self._remove(made)
         return made
+
+    def pin(self, which: SupportsIndex | CheckpointInfo) -> CheckpointInfo:
+        """Keep a checkpoint from being pruned, by an empty file ``<name>.pin`` beside it; needs no lease.
+
+        Returns:
+            The checkpoint, pinned. Doing it twice does no harm.
+
+        Raises:
+            CheckpointNotFoundError: if there is no such checkpoint.
+        """
+        info = self._existing(which)
+        self._refuse_changes("pin in it")
+        with suppress(FileExistsError):
+            self._storage.publish(f"{info.name}.pin", 0, [])
+        return replace(info, pinned=True)
+
+    def unpin(self, which: SupportsIndex | CheckpointInfo) -> CheckpointInfo:
+        """Let a checkpoint be pruned again; needs no lease.
+
+        Returns:
+            The checkpoint, not pinned. Doing it twice does no harm.
+
+        Raises:
+            CheckpointNotFoundError: if there is no such checkpoint.
+        """
+        info = self._existing(which)
+        self._refuse_changes("unpin in it")
+        self._unpin(info.name)
+        return replace(info, pinned=False)
 
     def rewind(self, step: SupportsIndex, *, dry_run: bool = False) -> tuple[CheckpointInfo, ...]:
         """Set every checkpoint after `step` aside, so that training can go on from there; nothing is deleted.
@@ -322,11 +404,13 @@ class CheckpointStore:
         Raises:
             CheckpointNotFoundError: if there is no such file.
         """
-        self._refuse_changes("set a file aside")
+        self.acquire()
         name = which if isinstance(which, str) else which.name
         if self._storage.stat(name) is None:
             raise CheckpointNotFoundError(f"there is no file {name} in {self.location} to set aside")
-        return self._storage.set_aside(name, reason)
+        moved = self._storage.set_aside(name, reason)
+        self._unpin(name)  # a later checkpoint of that name is another one
+        return moved
 
     def export(
         self,
@@ -403,6 +487,20 @@ class CheckpointStore:
                 f"no checkpoint of step {step} in {self.location}; the nearest of its {len(infos)} are at: {known}"
             )
         return found
+
+    def _existing(self, which: SupportsIndex | CheckpointInfo) -> CheckpointInfo:
+        info = self._find(which)
+        if self._storage.stat(info.name) is None:
+            raise CheckpointNotFoundError(f"{info.name} is not in {self.location} any more")
+        return info
+
+    def _unpin(self, name: str) -> None:
+        with suppress(FileNotFoundError):
+            self._storage.delete(f"{name}.pin")
+
+    def _check_lease(self) -> None:
+        if self._lease is not None:
+            self._lease.check()
 
     def _refuse_changes(self, what: str) -> None:
         if self.read_only:
@@ -487,7 +585,8 @@ class CheckpointStore:
                 found = self._storage.stat(info.name)
                 if found is None or (found.size, found.modified) != (info.size, info.modified):
                     _log.warning("not pruned: %s in %s is gone or was replaced", info.name, self.location)
-                else:
+                elif self._storage.stat(f"{info.name}.pin") is None:  # it may have been pinned since the plan was made
+                    self._check_lease()
                     self._storage.delete(info.name)
             except (FileNotFoundError, StorageError) as error:
                 _log.warning("not pruned: %s in %s: %s", info.name, self.location, error)

@@ -121,6 +121,7 @@ def _train(options: dict[str, Any]) -> int:
         rules.append(keep_every(options["keep_every"]))
     os.makedirs(folder, exist_ok=True)
     with CheckpointStore(folder, retention=rules) as store:
+        store.acquire()  # a second trainer must not find out after its first hour
         run.begin(
             state,
             store,

@@ -11,7 +11,7 @@ from seedvc_ckpt.errors import CheckpointError
 
 __all__ = ["main"]
 
-_COMMANDS = ["ls", "latest", "show", "verify", "diff", "prune", "rewind", "export"]
+_COMMANDS = ["ls", "latest", "show", "verify", "diff", "prune", "pin", "unpin", "rewind", "gc", "export"]
 
 
 class _Commands(click.Group):

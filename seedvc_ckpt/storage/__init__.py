@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from types import TracebackType
 from typing import Any, Protocol
 
 from seedvc_ckpt.errors import StorageError
+from seedvc_ckpt.storage.leftovers import Leftover
 
 __all__ = ["Blob", "Entry", "Stat", "Storage", "open_parent", "open_storage"]
 
@@ -56,6 +57,16 @@ class Blob(Protocol):
     ) -> None: ...
 
 
+class Lease(Protocol):
+    """The right to write, until `release`."""
+
+    def check(self) -> None:
+        """Make sure that it is still ours. Raises LeaseHeldError if it is not."""
+
+    def release(self) -> None:
+        """Give it back. Doing it twice does no harm."""
+
+
 class Storage(Protocol):
     """A folder or prefix. Names hold no "/"; every call sees what is there now."""
 
@@ -81,8 +92,32 @@ class Storage(Protocol):
             StorageError: if it can't be opened.
         """
 
-    def publish(self, name: str, size: int, chunks: Iterable[memoryview], *, overwrite: bool = False) -> Stat:
+    def lease(self) -> Lease:
+        """Take the right to write, which one process at a time has.
+
+        Raises:
+            LeaseHeldError: if another process has it.
+            StorageError: if it can't be taken.
+        """
+
+    def leftovers(self) -> Sequence[Leftover]:
+        """The temporary files of writers that died."""
+
+    def remove_leftover(self, leftover: Leftover) -> None:
+        """Remove such a file, unless it has come to life. Raises StorageError if that is refused."""
+
+    def publish(
+        self,
+        name: str,
+        size: int,
+        chunks: Iterable[memoryview],
+        *,
+        overwrite: bool = False,
+        before: Callable[[], None] = lambda: None,
+    ) -> Stat:
         """Make a file of `size` bytes appear under `name`, complete and durable, or not at all.
+
+        `before` is called when all is written, just before the file appears; what it raises stops that.
 
         Raises:
             FileExistsError: if the name is taken and `overwrite` is false.

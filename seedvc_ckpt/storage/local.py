@@ -6,17 +6,23 @@ import errno
 import itertools
 import mmap
 import os
-import platform
 import shutil
 import stat as statmodule
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from datetime import datetime, timezone
 from types import TracebackType
 
-from seedvc_ckpt.errors import CheckpointNotFoundError, CorruptCheckpointError, SaveFailedError, StorageError
-from seedvc_ckpt.storage import Stat
+from seedvc_ckpt.errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    SaveFailedError,
+    StorageError,
+)
+from seedvc_ckpt.storage import Lease, Stat
+from seedvc_ckpt.storage.leftovers import Leftover, find_leftovers, remove_leftover, temporary_name
 
 if sys.platform != "win32":
     import fcntl
@@ -86,7 +92,37 @@ class LocalStorage:
             raise StorageError(f"{path} is not a file")
         return _LocalBlob(path, descriptor, found.st_size)
 
-    def publish(self, name: str, size: int, chunks: Iterable[memoryview], *, overwrite: bool = False) -> Stat:
+    def lease(self) -> Lease:
+        """Take the right to write to the folder, which is made where it is missing."""
+        from seedvc_ckpt.storage.lease import LocalLease  # filelock is slow to import, and readers need none
+
+        try:
+            for folder in (*self._make_folder(), self._folder):
+                _sync_folder(folder)
+        except OSError as error:
+            raise StorageError(f"can't make the folder {self._folder}: {error.strerror}") from error
+        return LocalLease(self._folder)
+
+    def leftovers(self) -> Sequence[Leftover]:
+        """The temporary files of writers that died."""
+        return list(find_leftovers(self._folder))
+
+    def remove_leftover(self, leftover: Leftover) -> None:
+        """Remove such a file, unless it has come to life."""
+        try:
+            remove_leftover(self._folder, leftover)
+        except OSError as error:
+            raise StorageError(f"can't remove {self._path(leftover.name)}: {error.strerror}") from error
+
+    def publish(
+        self,
+        name: str,
+        size: int,
+        chunks: Iterable[memoryview],
+        *,
+        overwrite: bool = False,
+        before: Callable[[], None] = lambda: None,
+    ) -> Stat:
         """Make a complete, durable file appear under `name`, or nothing.
 
         The steps and what breaks without each:
@@ -119,15 +155,14 @@ class LocalStorage:
             found = _stat(os.fstat(descriptor))
             if found.size != size:
                 raise SaveFailedError(f"{name}: the file system kept {found.size} of {size} bytes", needed=size)
+            before()
             _give_name(temporary, self._path(name), overwrite=overwrite)  # 7
             published = True
             for folder in (self._folder, *made):
                 _sync_folder(folder)  # 8
-        except FileExistsError:
+        except (FileExistsError, CheckpointError):
             raise
         except OSError as error:
-            if isinstance(error, SaveFailedError):
-                raise
             if published and not overwrite:
                 # it may vanish at a power cut, so it must not be seen as saved
                 with suppress(OSError):
@@ -245,20 +280,6 @@ class _LocalBlob:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         os.close(self._descriptor)
-
-
-def temporary_name() -> str:
-    """A name that no listing takes for a checkpoint and nobody can guess; says who is writing."""
-    return f".tmp-{os.urandom(8).hex()}-{os.getpid()}-{_process_start()}-{platform.node()[:64]}"
-
-
-def _process_start() -> str:
-    """When this process started, in clock ticks since boot; tells it from a later one with the same number."""
-    try:
-        with open("/proc/self/stat", "rb") as file:
-            return file.read().rpartition(b")")[2].split()[19].decode()
-    except OSError:
-        return "0"
 
 
 def _stat(found: os.stat_result) -> Stat:

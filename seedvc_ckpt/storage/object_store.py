@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from itertools import chain, count
 from types import TracebackType
 from typing import Any
 
 from seedvc_ckpt.errors import CheckpointNotFoundError, CorruptCheckpointError, SaveFailedError, StorageError
-from seedvc_ckpt.storage import Stat
+from seedvc_ckpt.storage import Lease, Stat
+from seedvc_ckpt.storage.leftovers import Leftover
 
 __all__ = ["ObjectStorage", "memory_filesystem"]
 
@@ -64,12 +65,32 @@ class ObjectStorage:
             raise CheckpointNotFoundError(f"there is no file {name} in {self._location}")
         return _ObjectBlob(self._fs, self._path(name), f"{self._location.rstrip('/')}/{name}", found.size)
 
-    def publish(self, name: str, size: int, chunks: Iterable[memoryview], *, overwrite: bool = False) -> Stat:
+    def lease(self) -> Lease:
+        """Nothing to take: what is in this process's memory has no other writer."""
+        return _NoLease()
+
+    def leftovers(self) -> Sequence[Leftover]:
+        """None: an object is put in one request."""
+        return ()
+
+    def remove_leftover(self, leftover: Leftover) -> None:
+        """Nothing to remove."""
+
+    def publish(
+        self,
+        name: str,
+        size: int,
+        chunks: Iterable[memoryview],
+        *,
+        overwrite: bool = False,
+        before: Callable[[], None] = lambda: None,
+    ) -> Stat:
         """Put the object in one request, which fails where the name is taken unless `overwrite` is true."""
         content = b"".join(chunks)
         if len(content) != size:
             raise SaveFailedError(f"{name}: {len(content)} bytes were to be written, {size} announced", needed=size)
         try:
+            before()
             self._fs.pipe_file(self._path(name), content, mode="overwrite" if overwrite else "create")
             return _stat(self._fs.info(self._path(name)))
         except FileExistsError:
@@ -97,6 +118,14 @@ class ObjectStorage:
 
     def _path(self, name: str) -> str:
         return f"/{self._prefix}/{name}" if self._prefix else f"/{name}"
+
+
+class _NoLease:
+    def check(self) -> None:
+        return
+
+    def release(self) -> None:
+        return
 
 
 class _ObjectEntry:

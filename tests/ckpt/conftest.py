@@ -16,7 +16,7 @@ DATA = Path(__file__).parents[1] / "data"
 _numbers = count()
 
 
-@pytest.fixture(autouse=True, scope="package")
+@pytest.fixture(autouse=True, scope="module")
 def _one_thread():
     """Tiny tensors are slower on many threads; other tests compare with processes that have them all."""
     threads = torch.get_num_threads()

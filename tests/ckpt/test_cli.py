@@ -19,7 +19,7 @@ from click.testing import CliRunner
 from seedvc_ckpt import SEED_VC, CheckpointError, CheckpointStore
 from seedvc_ckpt.cli import commands, main
 
-COMMANDS = ["ls", "latest", "show", "verify", "diff", "prune", "rewind", "export"]
+COMMANDS = ["ls", "latest", "show", "verify", "diff", "prune", "pin", "unpin", "rewind", "gc", "export"]
 FILE = "DiT_epoch_00002_step_00020.pth"
 CONFIG = "config_dit_mini.yml"
 
@@ -558,3 +558,22 @@ def test_json_is_one_document(arguments, run, state, seedvc_ckpt):
 
     json.loads(done.stdout, parse_constant=refuse)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_pin_unpin_and_gc(run, filled, invoke):
+    """Pinning marks a checkpoint, unpinning takes that back, gc tells what it removed."""
+    with filled(run, 1, 2, 3):
+        pass
+    assert "pinned" in invoke("pin", run, 1).stdout
+    assert [info["pinned"] for info in answer(invoke("ls", run, "--json"))] == [True, False, False]
+    invoke("prune", run, "--keep-last", 1)
+    assert [info["step"] for info in answer(invoke("ls", run, "--json"))] == [1, 3]
+    assert "unpinned" in invoke("unpin", run, 1).stdout
+    assert [info["pinned"] for info in answer(invoke("ls", run, "--json"))] == [False, False]
+    leftover = run / f".tmp-{'0' * 16}-999999999-1-{os.uname().nodename}"
+    leftover.write_bytes(b"part")
+    assert [item["name"] for item in answer(invoke("gc", run, "--dry-run", "--json"))["removed"]] == [leftover.name]
+    assert leftover.exists()
+    assert "1 removed" in invoke("gc", run).stdout
+    assert not leftover.exists()
+    assert "nothing left behind" in invoke("gc", run).stdout

@@ -20,11 +20,13 @@ from seedvc_ckpt import (
     CheckpointExistsError,
     CheckpointNotFoundError,
     CheckpointStore,
+    LeaseHeldError,
     SaveFailedError,
     StorageError,
     keep_last,
 )
 from seedvc_ckpt.storage import open_parent, open_storage
+from seedvc_ckpt.storage.lease import LOCK_NAME
 from seedvc_ckpt.storage.local import LocalStorage, temporary_name
 
 
@@ -33,7 +35,7 @@ def publish(folder, name="a.pth", content=b"content", **options):
 
 
 def files(folder):
-    return sorted(os.listdir(folder))
+    return sorted(name for name in os.listdir(folder) if name != LOCK_NAME)
 
 
 # --- what publish promises ------------------------------------------------------------------------------------------
@@ -192,6 +194,7 @@ def test_a_full_disk_is_found_before_writing(small_disk, state, snapshot):
     assert f"{caught.value.needed:,}" in str(caught.value)
     assert snapshot(small_disk) == before
     store.save(state(2), 2)
+    store.close()
 
 
 def test_a_disk_that_fills_during_the_save(small_disk, state, snapshot):
@@ -213,6 +216,7 @@ def test_a_disk_that_fills_during_the_save(small_disk, state, snapshot):
     assert after.pop("run")[0] == before.pop("run")[0]  # its time has changed
     assert after == before
     store.verify(1)
+    store.close()
 
 
 def test_disks_that_refuse_to_sync_fail_the_save(run, monkeypatch, state):
@@ -258,12 +262,12 @@ def save_at_once(folder, barrier, results, number):
         try:
             store.save({"x": torch.full((2000,), number)}, step)
             results.put((step, number))
-        except CheckpointExistsError:
+        except (CheckpointExistsError, LeaseHeldError):
             results.put((step, None))
 
 
 def test_of_two_writers_of_one_step_one_wins(run):
-    """Two processes save the same step at the same time, 20 times: one succeeds, the other is told."""
+    """Two processes save the same step at the same time, 20 times: one succeeds, the other is told who has the run."""
     context = multiprocessing.get_context("spawn")
     barrier, results = context.Barrier(2), context.Queue()
     both = [context.Process(target=save_at_once, args=(str(run), barrier, results, number)) for number in (1, 2)]

@@ -319,8 +319,8 @@ def test_overwriting_replaces_the_file(location, state, filled):
 
 def test_other_ranks_change_nothing(run, filled, damage):
     """In a process group of two, rank 1 can't save, prune or rewind, and its resume moves nothing; rank 0 can."""
-    store = filled(run, 0, 5)
-    damage(run / store.latest().name)
+    with filled(run, 0, 5) as store:
+        damage(run / store.latest().name)
     script = f"""
 import os, sys, torch, torch.distributed as dist
 from seedvc_ckpt import CheckpointError, CheckpointStore, keep_last

@@ -148,7 +148,8 @@ def test_an_optimizer_that_does_not_fit_is_an_error(recordings: Path, logs: Path
     result = runs.train(recordings, logs, max_steps=21, lr=None)
     assert isinstance(result.exception, StateError)
     assert "optimizer state of cfm does not fit" in str(result.exception)
-    assert sorted(path.name for path in (logs / "run").iterdir()) == before
+    left = sorted(path.name for path in (logs / "run").iterdir())
+    assert [name for name in left if name != ".seedvc_ckpt.lock"] == before
 
 
 class _Evil:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import sysconfig
 import termios
+import time
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ import torch
 import yaml
 
 import seedvc_train
-from seedvc_ckpt import CheckpointStore
+from seedvc_ckpt import CheckpointStore, LeaseHeldError
 from seedvc_train.corpus import write_demo_corpus
 from seedvc_train.dataset import Batch
 from seedvc_train.loop import TrainingError, training_loss
@@ -51,6 +52,7 @@ def test_the_folder_looks_as_seedvc_leaves_it(recordings: Path, tmp_path: Path) 
     """A finished run holds its newest checkpoints, ft_model.pth, the YAML under its own name and metrics.jsonl."""
     runs.train(recordings, tmp_path, max_steps=10, save_every=4)
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        ".seedvc_ckpt.lock",
         "DiT_epoch_00003_step_00008.pth",
         "DiT_epoch_00004_step_00010.pth",
         "config_dit_mini.yml",
@@ -238,3 +240,21 @@ def test_a_terminal_gets_a_progress_bar(recordings: Path, tmp_path: Path) -> Non
     assert process.returncode == 0
     for part in (b"6/6", b"loss", b"step/s", b"saved 3"):
         assert part in shown
+
+
+def test_a_second_trainer_is_told(recordings: Path, tmp_path: Path) -> None:
+    """Of two trainers on one run the second stops before its first step and is told who holds the run."""
+    first = runs.start(recordings, tmp_path, max_steps=5000, save_every=5000)
+    try:
+        while not runs.metrics(tmp_path / "run"):
+            assert first.poll() is None, first.communicate()
+            time.sleep(0.02)
+        before = (tmp_path / "run" / "config_dit_mini.yml").stat().st_mtime_ns
+        result = runs.train(recordings, tmp_path)
+        assert isinstance(result.exception, LeaseHeldError)
+        assert f"process {first.pid} on " in str(result.exception)
+        assert (tmp_path / "run" / "config_dit_mini.yml").stat().st_mtime_ns == before
+    finally:
+        first.kill()
+        first.communicate()
+    assert runs.train(recordings, tmp_path).return_value == 0

@@ -1,0 +1,165 @@
+"""The right to write to a local folder: one process at a time.
+
+The lease is an advisory lock on a file in the folder. The kernel frees it when the process ends, however it ends. It
+belongs to the process and the folder: all stores of a process share it, its threads too, and a forked child does not
+inherit it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+from collections import deque
+from contextlib import suppress
+from datetime import datetime, timezone
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from seedvc_ckpt.errors import LeaseHeldError, StorageError
+
+__all__ = ["LOCK_NAME", "LocalLease", "holder"]
+
+LOCK_NAME = ".seedvc_ckpt.lock"
+"""The lock file's name. It is never deleted: a second process could lock a new one while the old one is still held."""
+
+
+class LocalLease:
+    """A share in this process's lease on a folder, until `release`.
+
+    Raises:
+        LeaseHeldError: if another process has it, naming that process.
+        StorageError: if the folder can't be written or locked.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self._held: _Held | None = _take(os.path.realpath(folder))
+
+    def check(self) -> None:
+        """Make sure that the lease is still ours; called just before anything in the folder changes.
+
+        Raises:
+            LeaseHeldError: if the lock file was replaced, so that another process may hold a lease too.
+        """
+        if self._held is None or self._held.process != os.getpid():
+            raise LeaseHeldError(
+                "this process has no lease on the run: it was released, or belongs to a parent process"
+            )
+        self._held.check()
+
+    def release(self) -> None:
+        """Give the share back; with the last one the lease ends. Doing it twice does no harm."""
+        held, self._held = self._held, None
+        if held is not None and held.process == os.getpid():
+            _returned.append(held)
+            _settle()
+
+
+class _Held:
+    """The lock that this process holds on a folder."""
+
+    def __init__(self, folder: str, lock: FileLock) -> None:
+        self.folder = folder
+        self.path = os.path.join(folder, LOCK_NAME)
+        self.lock = lock
+        self.process = os.getpid()
+        self.shares = 0
+        self.identity = _identity(self.path)
+
+    def check(self) -> None:
+        if _identity(self.path) != self.identity:
+            raise LeaseHeldError(
+                f"the lock file {self.path} was deleted or replaced, so another process may be writing to this run: "
+                "nothing was changed. Stop the other one, then start this one again"
+            )
+
+
+_guard = threading.Lock()
+_held: dict[str, _Held] = {}
+_returned: deque[_Held] = deque()
+
+
+def _forget_in_child() -> None:
+    # the lock's descriptor is closed in the child by filelock; what another thread held at that moment is gone
+    global _guard  # noqa: PLW0603
+    _guard = threading.Lock()
+    _held.clear()
+    _returned.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_in_child)
+
+
+def holder(folder: str) -> dict[str, Any]:
+    """Host, process and time of who last took the lease on a folder; empty where that is not recorded."""
+    try:
+        with open(os.path.join(folder, LOCK_NAME), "rb") as file:
+            found = json.loads(file.read(4096))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _take(folder: str) -> _Held:
+    with _guard:
+        held = _held.get(folder)
+        if held is None:
+            held = _held[folder] = _lock(folder)
+        held.shares += 1
+    _settle()
+    return held
+
+
+def _lock(folder: str) -> _Held:
+    path = os.path.join(folder, LOCK_NAME)
+    try:
+        lock = FileLock(path, timeout=0, thread_local=False, fallback_to_soft=False)
+        lock.acquire()
+    except Timeout:
+        raise LeaseHeldError(_told(folder)) from None
+    except OSError as error:
+        raise StorageError(f"can't lock {path}: {error.strerror or error}") from error
+    record = {
+        "host": socket.gethostname(),
+        "process": os.getpid(),
+        "since": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    with suppress(OSError), open(path, "r+b") as file:  # only told to people: a full disk must not stop a writer
+        file.write(json.dumps(record).encode())
+        file.truncate()
+    return _Held(folder, lock)
+
+
+def _settle() -> None:
+    """Take back the shares that were returned, unless somebody is at it, who then sees them."""
+    # a share may be returned by the garbage collector, in the middle of anything, this module included: never wait
+    while _returned and _guard.acquire(blocking=False):
+        try:
+            while _returned:
+                held = _returned.popleft()
+                held.shares -= 1
+                if held.shares == 0:
+                    del _held[held.folder]
+                    held.lock.release()
+        finally:
+            _guard.release()
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _told(folder: str) -> str:
+    known = holder(folder)
+    who = f"process {known.get('process', '?')} on {known.get('host', '?')}, since {known.get('since', '?')}"
+    return (
+        f"another process is writing to {folder}: {who if known else 'unknown which'}. One run has one writer: stop "
+        "that one, or use another folder. Reading needs no lease"
+    )
