@@ -1,4 +1,4 @@
-"""``seedvc-ckpt pin`` and ``unpin``."""
+"""``seedvc-ckpt pin``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import click
 from seedvc_ckpt.cli.target import pattern_option, run_at
 from seedvc_ckpt.naming import NamePattern
 
-__all__ = ["command", "unpin"]
+__all__ = ["command"]
 
 
 @click.command("pin", epilog="Example: seedvc-ckpt pin runs/my_run 4000")
@@ -18,13 +18,3 @@ def command(run: str, step: int, pattern: NamePattern) -> None:
     """Keep the checkpoint of a STEP from ever being pruned, also while the RUN is training."""
     info = run_at(run, pattern=pattern).pin(step)
     click.echo(f"pinned {info.name}")
-
-
-@click.command("unpin", epilog="Example: seedvc-ckpt unpin runs/my_run 4000")
-@click.argument("run")
-@click.argument("step", type=click.IntRange(min=0))
-@pattern_option
-def unpin(run: str, step: int, pattern: NamePattern) -> None:
-    """Let the checkpoint of a STEP be pruned again."""
-    info = run_at(run, pattern=pattern).unpin(step)
-    click.echo(f"unpinned {info.name}")
