@@ -3,13 +3,16 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-full lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/seedvc-train --demo
 
 test: $(VENV)/installed
 	$(BIN)/pytest --cov --cov-report=term
+
+test-full: $(VENV)/installed
+	$(BIN)/pytest --full --reliability
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -20,6 +23,7 @@ lint: $(VENV)/installed
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	-tests/faults/install_tools
 	touch $@
 
 clean:
