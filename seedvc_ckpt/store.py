@@ -27,7 +27,7 @@ from seedvc_ckpt.errors import (
 from seedvc_ckpt.file import CheckpointFile, Inspection, run_name
 from seedvc_ckpt.naming import SEED_VC, NamePattern, ParsedName, checked_number
 from seedvc_ckpt.retention import Plan, Rule, plan
-from seedvc_ckpt.storage import Entry, Lease, open_storage
+from seedvc_ckpt.storage import Entry, Lease, Stat, Storage, open_storage
 from seedvc_ckpt.storage.leftovers import Leftover
 
 if TYPE_CHECKING:
@@ -52,6 +52,11 @@ class Resumed:
     state: Any
     rejected: tuple[tuple[CheckpointInfo, str], ...] = ()
 
+    @property
+    def steps_lost(self) -> int:
+        """The steps between this checkpoint and the newest that was rejected; 0 when none was."""
+        return self.rejected[0][0].step - self.info.step if self.rejected else 0
+
 
 class CheckpointStore:
     """The checkpoints of one run, in one folder.
@@ -64,7 +69,8 @@ class CheckpointStore:
     get `LeaseHeldError` when they write. Reading needs no lease, nor does pinning.
 
     Args:
-        location: A folder or an fsspec URL (``scheme://``); made at the first save.
+        location: A folder or an fsspec URL (``scheme://``), made at the first save; or a storage, as
+            `seedvc_ckpt.testing` has them.
         pattern: How the files are named; others in the folder are never looked at.
         retention: One rule or several: after each save a checkpoint stays if any rule keeps it. Default: keep all.
         storage_options: For the fsspec filesystem of a URL.
@@ -78,7 +84,7 @@ class CheckpointStore:
 
     def __init__(
         self,
-        location: str | os.PathLike[str],
+        location: str | os.PathLike[str] | Storage,
         *,
         pattern: NamePattern | str = SEED_VC,
         retention: Rule | Sequence[Rule] | None = None,
@@ -161,9 +167,7 @@ class CheckpointStore:
         Raises:
             StorageError: if the folder can't be listed.
         """
-        named, pins = self._listing()
-        found = (self._info(parsed, entry, pins) for parsed, entry in named)
-        return sorted(filter(None, found), key=lambda info: (info.step, info.epoch))
+        return [*self._seen()]
 
     def latest(self) -> CheckpointInfo | None:
         """The checkpoint with the largest (step, epoch), or None; looks at names only."""
@@ -172,9 +176,9 @@ class CheckpointStore:
             if not named:
                 return None
             parsed, newest = max(named, key=itemgetter(0))
-            info = self._info(parsed, newest, pins)
-            if info is not None:
-                return info
+            found = self._look(parsed, newest, pins)
+            if found is not None:
+                return found[0]
 
     def save(
         self,
@@ -341,12 +345,13 @@ class CheckpointStore:
 
         What is gone already or can't be deleted is logged as a warning and does not stop the rest.
         """
-        made = self._plan(self.list())
+        seen = self._seen()
+        made = self._plan([*seen])
         if not dry_run:
             self._refuse_changes("prune it")
             if made.remove:
                 self.acquire()
-            self._remove(made)
+            self._remove(made, seen)
         return made
 
     def pin(self, which: SupportsIndex | CheckpointInfo) -> CheckpointInfo:
@@ -447,7 +452,13 @@ class CheckpointStore:
                 pins.add(entry.name)
         return named, pins
 
-    def _info(self, parsed: ParsedName, entry: Entry, pins: set[str]) -> CheckpointInfo | None:
+    def _seen(self) -> dict[CheckpointInfo, Stat]:
+        """The checkpoints ascending by (step, epoch), each with what its file is at this moment."""
+        named, pins = self._listing()
+        found = filter(None, (self._look(parsed, entry, pins) for parsed, entry in named))
+        return dict(sorted(found, key=lambda seen: (seen[0].step, seen[0].epoch)))
+
+    def _look(self, parsed: ParsedName, entry: Entry, pins: set[str]) -> tuple[CheckpointInfo, Stat] | None:
         try:
             found = entry.stat()
         except FileNotFoundError:
@@ -455,7 +466,7 @@ class CheckpointStore:
         except OSError as error:
             raise StorageError(f"can't look at {entry.name} in {self.location}: {error}") from error
         pinned = f"{entry.name}.pin" in pins
-        return CheckpointInfo(entry.name, parsed.step, parsed.epoch, found.size, found.modified, pinned)
+        return CheckpointInfo(entry.name, parsed.step, parsed.epoch, found.size, found.modified, pinned), found
 
     def _file(self, info: CheckpointInfo) -> CheckpointFile:
         return CheckpointFile(self._storage, info.name, self.pattern)
@@ -575,15 +586,15 @@ class CheckpointStore:
     def _prune_after_save(self) -> None:
         """Prune; whatever goes wrong is logged, because the save itself has succeeded."""
         try:
-            self._remove(self._plan(self.list()))
+            seen = self._seen()
+            self._remove(self._plan([*seen]), seen)
         except CheckpointError as error:
             _log.warning("not pruned: %s: %s", self.location, error)
 
-    def _remove(self, made: Plan) -> None:
+    def _remove(self, made: Plan, seen: Mapping[CheckpointInfo, Stat]) -> None:
         for info in made.remove:
             try:
-                found = self._storage.stat(info.name)
-                if found is None or (found.size, found.modified) != (info.size, info.modified):
+                if self._storage.stat(info.name) != seen[info]:
                     _log.warning("not pruned: %s in %s is gone or was replaced", info.name, self.location)
                 elif self._storage.stat(f"{info.name}.pin") is None:  # it may have been pinned since the plan was made
                     self._check_lease()

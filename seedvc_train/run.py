@@ -95,7 +95,7 @@ def _go_on(
     if state.step != found.info.step:
         say(f"  its name says step {found.info.step}; going by what it holds")
     if found.rejected:
-        say(f"  the {found.rejected[0][0].step - state.step} steps after it were lost with the damaged files")
+        say(f"  the {found.steps_lost} steps after it were lost with the damaged files")
     for line in [*notes, *(f"changed: {line}" for line in changes)]:
         say(f"  {line}")
     if recorded and recorded.moves_batches(settings):

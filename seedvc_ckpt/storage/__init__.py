@@ -20,10 +20,17 @@ _URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://(?P<rest>.*)", re.DOTA
 
 @dataclass(frozen=True)
 class Stat:
-    """Size in bytes, and when the content was published (UTC)."""
+    """What a file is at this moment.
+
+    Attributes:
+        size: Bytes.
+        modified: When the content was published (UTC).
+        identity: Other numbers for a file that took the place of this one, even of the same size and time.
+    """
 
     size: int
     modified: datetime
+    identity: tuple[int, ...] = ()
 
 
 class Entry(Protocol):
@@ -132,7 +139,7 @@ class Storage(Protocol):
 
 
 def open_storage(
-    location: str | os.PathLike[str],
+    location: str | os.PathLike[str] | Storage,
     *,
     storage_options: Mapping[str, Any] | None = None,
     fs: Any = None,
@@ -140,13 +147,15 @@ def open_storage(
     """The storage at a path or URL. Only ``scheme://`` makes a URL: any other text is a local path as it stands.
 
     Args:
-        location: A folder that need not exist yet.
+        location: A folder that need not exist yet; a storage is taken as it is.
         storage_options: Passed to the fsspec filesystem of a URL.
         fs: An fsspec filesystem to use instead; `location` is then a path on it.
 
     Raises:
         StorageError: for a kind of storage that is not supported.
     """
+    if not isinstance(location, (str, bytes, os.PathLike)):
+        return location
     text = os.fspath(location)
     if not isinstance(text, str) or not text or "\0" in text:
         raise StorageError(f"a store's location is a path or URL as text, got {location!r}")

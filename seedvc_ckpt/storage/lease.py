@@ -153,6 +153,8 @@ def _identity(path: str) -> tuple[int, int] | None:
         found = os.stat(path)
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise StorageError(f"can't look at the lock file {path}: {error.strerror}") from error
     return found.st_dev, found.st_ino
 
 

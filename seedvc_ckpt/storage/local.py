@@ -57,12 +57,8 @@ class LocalStorage:
         try:
             with os.scandir(self._folder) as entries:
                 for entry in entries:
-                    try:
-                        if not entry.is_file():
-                            continue
-                    except OSError:
-                        continue  # a link in a circle, which leads nowhere as a dangling one does
-                    yield _LocalEntry(entry)
+                    if _may_be_file(entry):
+                        yield _LocalEntry(entry)
         except FileNotFoundError:
             return
         except OSError as error:
@@ -86,10 +82,15 @@ class LocalStorage:
             raise CheckpointNotFoundError(f"there is no file {path}") from None
         except OSError as error:
             raise StorageError(f"can't open {path}: {error.strerror}") from error
-        found = os.fstat(descriptor)
-        if not statmodule.S_ISREG(found.st_mode):
-            os.close(descriptor)
-            raise StorageError(f"{path} is not a file")
+        try:
+            found = os.fstat(descriptor)
+            if not statmodule.S_ISREG(found.st_mode):
+                raise StorageError(f"{path} is not a file")
+        except OSError as error:
+            _close(descriptor)
+            if isinstance(error, StorageError):
+                raise
+            raise StorageError(f"can't look at {path}: {error.strerror}") from error
         return _LocalBlob(path, descriptor, found.st_size)
 
     def lease(self) -> Lease:
@@ -171,7 +172,7 @@ class LocalStorage:
         finally:
             with suppress(OSError):  # gone when it was renamed; a leftover is in nobody's listing
                 os.unlink(temporary)
-            os.close(descriptor)
+            _close(descriptor)
         return found
 
     def delete(self, name: str) -> None:
@@ -271,7 +272,10 @@ class _LocalBlob:
             done += got
 
     def map(self) -> memoryview | None:
-        return memoryview(mmap.mmap(self._descriptor, 0, access=mmap.ACCESS_COPY)) if self.size else None
+        try:
+            return memoryview(mmap.mmap(self._descriptor, 0, access=mmap.ACCESS_COPY)) if self.size else None
+        except (OSError, ValueError) as error:  # ValueError: it was emptied since it was opened
+            raise StorageError(f"can't map {self.name} into memory: {error}") from error
 
     def __enter__(self) -> _LocalBlob:
         return self
@@ -279,11 +283,26 @@ class _LocalBlob:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        os.close(self._descriptor)
+        _close(self._descriptor)
+
+
+def _may_be_file(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_file()
+    except OSError as error:
+        # a link in a circle leads nowhere, as a dangling one does; whatever can't be looked at must not vanish silently
+        return error.errno != errno.ELOOP
 
 
 def _stat(found: os.stat_result) -> Stat:
-    return Stat(found.st_size, datetime.fromtimestamp(found.st_mtime, timezone.utc))
+    modified = datetime.fromtimestamp(found.st_mtime, timezone.utc)
+    return Stat(found.st_size, modified, (found.st_dev, found.st_ino, found.st_mtime_ns))
+
+
+def _close(descriptor: int) -> None:
+    # whatever a network file system tells only now was told by the sync before, or concerns nothing that was written
+    with suppress(OSError):
+        os.close(descriptor)
 
 
 def _lock(descriptor: int) -> None:
@@ -317,7 +336,7 @@ def _sync_folder(folder: str) -> None:
         if error.errno != errno.EINVAL:  # some network file systems sync folders by themselves and refuse to be asked
             raise
     finally:
-        os.close(descriptor)
+        _close(descriptor)
 
 
 def _give_name(temporary: str, path: str, *, overwrite: bool) -> None:
