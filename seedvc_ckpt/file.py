@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from seedvc_ckpt.naming import NamePattern
 
 __all__ = ["CheckpointFile", "Inspection", "run_name"]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -86,8 +89,11 @@ class CheckpointFile:
         with self.opened() as archive:
             return list_globals(archive.pickle())
 
-    def verify(self, progress: Callable[[int], None] = lambda _: None) -> None:
+    def verify(self, progress: Callable[[int], None] = lambda _: None) -> Sequence[str]:
         """Check every byte; `progress` is called with the number of bytes done since the last call.
+
+        Returns:
+            What is odd about an intact file: a step inside that its name contradicts, in files without a manifest.
 
         Raises:
             CorruptCheckpointError: naming the record, and the tensor in it, that is damaged.
@@ -95,7 +101,9 @@ class CheckpointFile:
         """
         with self.opened() as archive:
             self._manifest(archive)
-            archive.verify(contents.storage_names(contents.read_tree(archive)), progress)
+            tree = contents.read_tree(archive)
+            archive.verify(contents.storage_names(tree), progress)
+            return self._oddities(archive, tree)
 
     def load(self, *, map_location: str | torch.device = "cpu", mmap: bool = False, verify: bool = True) -> Any:
         """The state; see `CheckpointStore.load`."""
@@ -103,7 +111,17 @@ class CheckpointFile:
 
         with self.opened() as archive:
             self._manifest(archive)
-            return torchzip.decode(archive, map_location=map_location, verify=verify, mmap=mmap)
+            state = torchzip.decode(archive, map_location=map_location, verify=verify, mmap=mmap)
+            for oddity in self._oddities(archive, state):
+                _log.warning("%s %s", archive.source.name, oddity)
+            return state
+
+    def _oddities(self, archive: Archive, state: Any) -> Sequence[str]:
+        named = self.pattern.parse(self.name) if self.pattern and not archive.ours else None
+        iters = state.get("iters") if named and isinstance(state, dict) else None
+        if named is None or type(iters) is not int or iters == named.step:
+            return ()
+        return (f"is named step {named.step} but holds step {iters} ('iters'): it was renamed or swapped with another",)
 
     def _manifest(self, archive: Archive) -> Manifest | None:
         manifest = archive.manifest()

@@ -118,6 +118,11 @@ class CheckpointStore:
         return self._storage.location
 
     @property
+    def storage(self) -> Storage:
+        """The place that the checkpoints are in, for looking at what else is there."""
+        return self._storage
+
+    @property
     def run_name(self) -> str:
         """The last part of the location; manifests name the run by it."""
         return run_name(self.location)
@@ -329,11 +334,14 @@ class CheckpointStore:
     ) -> None:
         """Check every byte of a checkpoint; `progress` is called with the number of bytes done since the last call.
 
+        A file without a manifest whose name contradicts the step inside (``iters``) is logged as a warning.
+
         Raises:
             CorruptCheckpointError: naming the record, and the tensor in it, that is damaged.
         """
         info = self._find(which)
-        self._file(info).verify(progress)
+        for oddity in self._file(info).verify(progress):
+            _log.warning("%s in %s %s", info.name, self.location, oddity)
         self._intact.add(info.name)
 
     def file(self, which: SupportsIndex | CheckpointInfo | None = None) -> CheckpointFile:

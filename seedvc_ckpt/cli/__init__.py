@@ -11,7 +11,7 @@ from seedvc_ckpt.errors import CheckpointError
 
 __all__ = ["main"]
 
-_COMMANDS = ["ls", "latest", "show", "verify", "diff", "prune", "pin", "unpin", "rewind", "gc", "export"]
+_COMMANDS = ["ls", "latest", "show", "verify", "diff", "prune", "pin", "unpin", "rewind", "gc", "doctor", "export"]
 
 
 class _Commands(click.Group):

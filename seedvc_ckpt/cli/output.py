@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
@@ -22,6 +23,7 @@ __all__ = [
     "progress_bar",
     "readable_size",
     "readable_time",
+    "wrapped",
 ]
 
 json_option = click.option("--json", "as_json_", is_flag=True, help="Print one JSON document and nothing else.")
@@ -78,3 +80,12 @@ def progress_bar(size: int, label: str) -> AbstractContextManager[Any]:
     return click.progressbar(
         length=size, label=label, file=sys.stderr, show_percent=True, hidden=not sys.stderr.isatty()
     )
+
+
+def wrapped(text: str, indent: int) -> str:
+    """A text that starts in column `indent`, its further lines too, in 80 columns; words are never cut."""
+    space = " " * indent
+    lines = textwrap.wrap(
+        text, 79, initial_indent=space, subsequent_indent=space, break_long_words=False, break_on_hyphens=False
+    )
+    return "\n".join(lines).lstrip()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 import click
 
@@ -38,13 +39,17 @@ def command(
         files = [checkpoint_at(run_or_file, step, pattern)]
     results = []
     for file in files:
-        error = _verify(file)
-        results.append({"name": file.name, "intact": error is None, "problem": error and str(error)})
+        error, warnings = _verify(file)
+        results.append(
+            {"name": file.name, "intact": error is None, "problem": error and str(error), "warnings": warnings}
+        )
         if not as_json_:
             mark = click.style("intact ", fg="green") if error is None else click.style("DAMAGED", fg="red")
             if error is not None and not isinstance(error, CorruptCheckpointError):
                 mark = click.style("REFUSED", fg="red")
             click.echo(f"{mark}  {file.name if error is None else error}")
+            for warning in warnings:
+                click.echo(f"{click.style('warning', fg='yellow')}  {file.name} {warning}")
     if as_json_:
         as_json(results)
     elif not files:
@@ -52,11 +57,10 @@ def command(
     sys.exit(0 if all(result["intact"] for result in results) else 1)
 
 
-def _verify(file: CheckpointFile) -> CheckpointError | None:
+def _verify(file: CheckpointFile) -> tuple[CheckpointError | None, Sequence[str]]:
     try:
         found = file.storage.stat(file.name)
         with progress_bar(found.size if found else 0, file.name) as bar:
-            file.verify(bar.update)
+            return None, file.verify(bar.update)
     except CheckpointError as error:
-        return error
-    return None
+        return error, ()

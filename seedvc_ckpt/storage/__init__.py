@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from seedvc_ckpt.errors import StorageError
+from seedvc_ckpt.storage.condition import Finding
 from seedvc_ckpt.storage.leftovers import Leftover
 
 __all__ = ["Blob", "Entry", "Stat", "Storage", "open_parent", "open_storage"]
@@ -112,6 +113,15 @@ class Storage(Protocol):
 
     def remove_leftover(self, leftover: Leftover) -> None:
         """Remove such a file, unless it has come to life. Raises StorageError if that is refused."""
+
+    def holder(self) -> str:
+        """Who has the lease now, for people; "" where nobody has it."""
+
+    def free(self) -> int | None:
+        """Bytes that are free, None where there is no such limit or it is not known."""
+
+    def examine(self) -> Sequence[Finding]:
+        """What is unusual about the place, apart from the files in it."""
 
     def publish(
         self,

@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 
 from seedvc_ckpt.errors import LeaseHeldError, StorageError
 
-__all__ = ["LOCK_NAME", "LocalLease", "holder"]
+__all__ = ["LOCK_NAME", "LocalLease", "current_holder"]
 
 LOCK_NAME = ".seedvc_ckpt.lock"
 """The lock file's name. It is never deleted: a second process could lock a new one while the old one is still held."""
@@ -93,7 +93,21 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_in_child)
 
 
-def holder(folder: str) -> dict[str, Any]:
+def current_holder(folder: str) -> str:
+    """Who has the lease on a folder now, without disturbing anybody; "" for nobody, or where that is not told."""
+    identity = _identity(os.path.join(folder, LOCK_NAME))
+    try:
+        with open("/proc/locks") as locks:
+            held = [line.split() for line in locks if " FLOCK " in line and "->" not in line]
+    except OSError:
+        return ""
+    # by the inode alone: some file systems show another device number here
+    if identity is None or not any(fields[5].rpartition(":")[2] == str(identity[1]) for fields in held):
+        return ""
+    return _who(_recorded(folder))
+
+
+def _recorded(folder: str) -> dict[str, Any]:
     """Host, process and time of who last took the lease on a folder; empty where that is not recorded."""
     try:
         with open(os.path.join(folder, LOCK_NAME), "rb") as file:
@@ -159,9 +173,13 @@ def _identity(path: str) -> tuple[int, int] | None:
 
 
 def _told(folder: str) -> str:
-    known = holder(folder)
-    who = f"process {known.get('process', '?')} on {known.get('host', '?')}, since {known.get('since', '?')}"
     return (
-        f"another process is writing to {folder}: {who if known else 'unknown which'}. One run has one writer: stop "
+        f"another process is writing to {folder}: {_who(_recorded(folder))}. One run has one writer: stop "
         "that one, or use another folder. Reading needs no lease"
     )
+
+
+def _who(known: dict[str, Any]) -> str:
+    if not known:
+        return "unknown which"
+    return f"process {known.get('process', '?')} on {known.get('host', '?')}, since {known.get('since', '?')}"

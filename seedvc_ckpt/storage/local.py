@@ -22,6 +22,7 @@ from seedvc_ckpt.errors import (
     StorageError,
 )
 from seedvc_ckpt.storage import Lease, Stat
+from seedvc_ckpt.storage.condition import Finding, examine_folder
 from seedvc_ckpt.storage.leftovers import Leftover, find_leftovers, remove_leftover, temporary_name
 
 if sys.platform != "win32":
@@ -114,6 +115,23 @@ class LocalStorage:
             remove_leftover(self._folder, leftover)
         except OSError as error:
             raise StorageError(f"can't remove {self._path(leftover.name)}: {error.strerror}") from error
+
+    def holder(self) -> str:
+        """Who has the lease now: process, host, since when."""
+        from seedvc_ckpt.storage.lease import current_holder
+
+        return current_holder(self._folder)
+
+    def free(self) -> int | None:
+        """Bytes that this user may still write; None where the file system does not tell."""
+        try:
+            return shutil.disk_usage(self._folder).free
+        except OSError:
+            return None
+
+    def examine(self) -> Sequence[Finding]:
+        """What is unusual about the folder's permissions and file system."""
+        return list(examine_folder(self._folder))
 
     def publish(
         self,
@@ -214,7 +232,7 @@ class LocalStorage:
         return tuple(changed)
 
     def _check_space(self, name: str, size: int) -> int | None:
-        free = self._free()
+        free = self.free()
         if free is not None and free < size:
             raise SaveFailedError(
                 f"no room for {name} in {self._folder}: it needs {size:,} bytes, {free:,} are free. Nothing was "
@@ -224,16 +242,10 @@ class LocalStorage:
             )
         return free
 
-    def _free(self) -> int | None:
-        try:
-            return shutil.disk_usage(self._folder).free
-        except OSError:
-            return None
-
     def _failed(self, name: str, error: OSError, size: int, free: int | None = None) -> SaveFailedError:
         if isinstance(error, SaveFailedError):
             return error
-        free = self._free() if free is None or error.errno in (errno.ENOSPC, errno.EDQUOT) else free
+        free = self.free() if free is None or error.errno in (errno.ENOSPC, errno.EDQUOT) else free
         known = f", {free:,} are free" if free is not None else ""
         return SaveFailedError(
             f"saving {name} in {self._folder} failed: {error.strerror or error}. It needs {size:,} bytes{known}; "

@@ -10,6 +10,7 @@ from typing import Any
 
 from seedvc_ckpt.errors import CheckpointNotFoundError, CorruptCheckpointError, SaveFailedError, StorageError
 from seedvc_ckpt.storage import Lease, Stat
+from seedvc_ckpt.storage.condition import Finding, note
 from seedvc_ckpt.storage.leftovers import Leftover
 
 __all__ = ["ObjectStorage", "memory_filesystem"]
@@ -75,6 +76,18 @@ class ObjectStorage:
 
     def remove_leftover(self, leftover: Leftover) -> None:
         """Nothing to remove."""
+
+    def holder(self) -> str:
+        """Nobody: see `lease`."""
+        return ""
+
+    def free(self) -> int | None:
+        """Not known."""
+        return None
+
+    def examine(self) -> Sequence[Finding]:
+        """What is in memory ends with the process."""
+        return (note(self._location, "lies in this process's memory", "save to a disk to keep it"),)
 
     def publish(
         self,
