@@ -53,23 +53,24 @@ def process_start(process: int) -> str | None:
 
 
 def find_leftovers(folder: str) -> Iterator[Leftover]:
-    """The temporary files of dead writers in a folder.
+    """The temporary files of dead writers in a folder and its ``aside/``.
 
     A file counts only if all of this holds: its name is of our making; it is a regular file of this user, no symlink,
     with no more links than a publish can leave (its own and the checkpoint's); nobody holds a lock on it; and its
     writer is a process of this host that is gone, or one of another host and the file is more than a day old by the
     file system's own clock.
     """
-    try:
-        with os.scandir(folder) as entries:
-            names = [entry.name for entry in entries if _NAME.fullmatch(entry.name)]
-    except OSError:
-        return
-    for name in sorted(names):
-        with suppress(OSError):  # removed by another collector, or not ours to look at
-            found = _judge(os.path.join(folder, name), name)
-            if found is not None:
-                yield found
+    for below in ("", "aside"):
+        try:
+            with os.scandir(os.path.join(folder, below)) as entries:
+                names = [os.path.join(below, entry.name) for entry in entries if _NAME.fullmatch(entry.name)]
+        except OSError:
+            continue
+        for name in sorted(names):
+            with suppress(OSError):  # removed by another collector, or not ours to look at
+                found = _judge(os.path.join(folder, name), name)
+                if found is not None:
+                    yield found
 
 
 def remove_leftover(folder: str, leftover: Leftover) -> None:
@@ -91,7 +92,7 @@ def _judge(path: str, name: str) -> Leftover | None:
 
 
 def _writer_is_gone(path: str, name: str, found: os.stat_result) -> str | None:
-    match = _NAME.fullmatch(name)
+    match = _NAME.fullmatch(os.path.basename(name))
     if match is None:
         return None
     process, start, host = match.groups()

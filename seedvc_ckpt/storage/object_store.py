@@ -167,6 +167,8 @@ class _ObjectBlob:
             return
         try:
             content = self._fs.cat_file(self._path, start=offset, end=offset + len(buffer))
+        except FileNotFoundError:
+            raise CheckpointNotFoundError(f"{self.name} was deleted while it was read") from None
         except OSError as error:
             raise StorageError(f"can't read {self.name}: {error}") from error
         if len(content) != len(buffer):

@@ -242,3 +242,15 @@ def test_old_files_of_other_hosts_go(run):
 def _other_process(run):
     script = "import sys; from seedvc_ckpt import CheckpointStore; CheckpointStore(sys.argv[1]).acquire()"
     return subprocess.run([sys.executable, "-c", script, str(run)], capture_output=True, check=False)
+
+
+def test_leftovers_in_aside_go_too(run):
+    """A writer that died while it set a file aside leaves nothing there for good."""
+    store = CheckpointStore(run)
+    store.save(STATE, 1)
+    store.set_aside(store.latest(), "why not")
+    name = ".tmp-" + "0" * 16 + f"-999999999-1-{os.uname().nodename}"
+    (run / "aside" / name).write_bytes(b"x")
+    (removed,) = store.collect_garbage()
+    assert removed.name == f"aside/{name}"
+    assert not (run / "aside" / name).exists()

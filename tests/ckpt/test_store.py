@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -500,6 +501,48 @@ def test_what_vanishes_meanwhile_is_a_warning(location, filled, state, caplog):
         store.prune()
     assert caplog.text.count("is gone or was replaced") == 2
     assert steps(store) == [2, 3]
+
+
+def test_another_file_of_the_same_size_and_time_is_not_deleted(run, filled, caplog):
+    """What took the place of a checkpoint since the plan was made is another file, whatever its size and time."""
+    store = filled(run, 1, 2)
+    path = run / store.list()[0].name
+
+    def racing(_infos, _metrics):
+        before = path.stat()
+        other = path.with_name("other")
+        other.write_bytes(path.read_bytes())
+        os.utime(other, ns=(before.st_atime_ns, before.st_mtime_ns))
+        other.replace(path)
+        return {}
+
+    store.retention = (racing,)
+    with caplog.at_level(logging.WARNING, "seedvc_ckpt"):
+        store.prune()
+    assert "is gone or was replaced" in caplog.text
+    assert steps(store) == [1, 2]
+
+
+@pytest.mark.parametrize("act", ["verify", "load", "resume"])
+def test_a_foreign_file_under_another_step_is_a_warning(act, data, tmp_path, caplog):
+    """A file without a manifest whose name contradicts the step inside is used, and the log says so."""
+    name = SEED_VC.format(30, 2)
+    shutil.copyfile(data / "run_from_seedvc" / SEED_VC.format(20, 2), tmp_path / name)
+    store = CheckpointStore(tmp_path)
+    with caplog.at_level(logging.WARNING, "seedvc_ckpt"):
+        getattr(store, act)()
+    (line,) = [record.getMessage() for record in caplog.records if "iters" in record.getMessage()]
+    assert name in line
+    assert "is named step 30 but holds step 20" in line
+
+
+def test_resume_tells_the_steps_lost(run, filled, damage):
+    """How far a resume stepped back is a number: 0 where nothing was damaged."""
+    store = filled(run, 10, 20, 30)
+    assert store.resume().steps_lost == 0
+    damage(run / SEED_VC.format(30))
+    damage(run / SEED_VC.format(20))
+    assert store.resume().steps_lost == 20
 
 
 def test_a_folder_that_fails_after_the_save_is_a_warning(location, filled, state, caplog):
