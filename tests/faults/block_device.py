@@ -38,6 +38,10 @@ _MKFS = {
     "btrfs": (128, ["mkfs.btrfs", "-q", "-f", "-m", "single"]),
 }
 _OPTIONS = {"xfs": ",nouuid"}
+# ext4 does not mount when the two sectors of its superblock, which it checks by a checksum, are torn from each other
+# ("invalid superblock checksum"); it writes them when it is mounted and unmounted, and no program can do anything
+# about it, so the second of them is kept or lost as the first is
+_WHOLE = {"ext4": 3}
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,7 @@ class Recording:
                 pending = [event for event in self.events[flushed : point.at] if event.kind == _WRITE]
                 _copy(durable, image)
                 with open(image, "r+b", buffering=0) as crashed:
-                    for offset, data in _surviving(pending, point):
+                    for offset, data in _surviving(pending, point, whole=_WHOLE.get(self.kind, 0)):
                         os.pwrite(crashed.fileno(), data, offset)
                 yield point, image
 
@@ -258,7 +262,8 @@ def _read_log(path: str) -> list[Event]:
     return events
 
 
-def _surviving(pending: Sequence[Event], point: CrashPoint) -> Iterator[tuple[int, memoryview]]:
+def _surviving(pending: Sequence[Event], point: CrashPoint, *, whole: int) -> Iterator[tuple[int, memoryview]]:
+    """What is kept of the writes; the sector `whole` shares the fate of the one before it."""
     chance = random.Random(point.seed)
     torn = point.kept.endswith("torn")
     for event in pending:
@@ -266,8 +271,11 @@ def _surviving(pending: Sequence[Event], point: CrashPoint) -> Iterator[tuple[in
         if point.kept == "nothing" or (point.kept.startswith("some") and chance.random() < 0.5):
             continue
         if torn and (last or (point.kept == "some torn" and chance.random() < 0.3)):
+            kept = False
             for start in range(0, len(event.data), _SECTOR):
-                if chance.random() < 0.5:
+                if not (start and event.offset + start == whole * _SECTOR):
+                    kept = chance.random() < 0.5
+                if kept:
                     yield event.offset + start, event.data[start : start + _SECTOR]
         else:
             yield event.offset, event.data
