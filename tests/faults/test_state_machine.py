@@ -292,13 +292,11 @@ class _World:
                 keep |= set(sorted(steps, key=lambda step: (math.isnan(losses[step]), losses[step], -step))[:number])
         gone = set(steps) - keep
         must, may = (set(), gone) if vague else (gone, set())
-        if self.resumed in gone:
-            sure = (set(known) - may) & keep
-            if not sure:
-                must.discard(self.resumed)
-                may.discard(self.resumed)
-                if (self.uncertain | known) & set(steps) - must:
-                    may.add(self.resumed)
+        if self.resumed in gone and not known & keep:
+            must.discard(self.resumed)
+            may.discard(self.resumed)
+            if self.uncertain & keep or (self.uncertain | known) & may:
+                may.add(self.resumed)
         return must, may
 
     # doing and checking
