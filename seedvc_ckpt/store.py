@@ -215,14 +215,20 @@ class CheckpointStore:
             ValueError: for a metric that is no number.
             MissingMetricError: if a retention rule needs a metric that this or an older checkpoint lacks.
             LeaseHeldError: if another process is writing to the run.
-            StorageError: if the folder can't be listed.
-            SaveFailedError: if it can't be written. In all these cases nothing has changed.
+            StorageError: if the folder can't be listed; with `verify`, also if the file can't be read back: then it
+                is there. (Without, that is logged, nothing is pruned, and the save has succeeded.)
+            SaveFailedError: if it can't be written. Otherwise, in all these cases, nothing has changed.
         """
         self._refuse_changes("save to it")
         step, epoch = checked_number("step", step), checked_number("epoch", epoch)
         name = self.pattern.format(step, epoch)
         infos = self.list()
-        self._refuse_order(infos, step, name, overwrite=overwrite)
+        try:
+            self._refuse_order(infos, step, name, overwrite=overwrite)
+        except (CheckpointExistsError, StaleStepError):
+            if self._lease is None and self._storage.holder():
+                self.acquire()  # if it is another process that is ahead, that is the news
+            raise
         manifest = Manifest(
             run=self.run_name,
             step=step,
@@ -251,10 +257,17 @@ class CheckpointStore:
                 f"{name} appeared in {self.location} during the save and was left as it is: another process is "
                 "saving to this run"
             ) from None
-        pinned = self._storage.stat(f"{name}.pin") is not None
         named = self.pattern.parse(name) or ParsedName(step)  # a name without an epoch lists as epoch 0
-        info = CheckpointInfo(name, named.step, named.epoch, published.size, published.modified, pinned)
-        self._read_back(info, encoded.manifest, verify=verify)
+        info = CheckpointInfo(name, named.step, named.epoch, published.size, published.modified)
+        try:
+            info = replace(info, pinned=self._storage.stat(f"{name}.pin") is not None)
+            self._read_back(info, encoded.manifest, verify=verify)
+        except StorageError as error:
+            if verify:
+                raise
+            # it is durable, which is what was asked for; nothing older goes while it is not seen to be readable
+            _log.warning("%s was saved to %s, but nothing was pruned: %s", name, self.location, error)
+            return info
         self._intact.add(name)
         if self.retention:
             self._prune_after_save()
@@ -562,10 +575,14 @@ class CheckpointStore:
             if verify:
                 file.verify()
         except CorruptCheckpointError as error:
-            self._storage.set_aside(info.name, str(error))
+            try:
+                self._storage.set_aside(info.name, str(error))
+                left = "It was set aside"
+            except StorageError as refused:
+                left = f"It could not be set aside ({refused})"
             raise SaveFailedError(
-                f"{info.name} was written to {self.location} but does not read back as it was: {error}. It was set "
-                "aside and nothing was pruned; check the disk before you go on",
+                f"{info.name} was written to {self.location} but does not read back as it was: {error}. {left} and "
+                "nothing was pruned; check the disk before you go on",
                 needed=info.size,
             ) from error
 

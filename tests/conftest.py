@@ -31,11 +31,19 @@ class Tally:
     """The findings of this run of the tests."""
 
     def __init__(self) -> None:
-        self.findings: list[Finding] = []
+        self._counts: dict[tuple[str, str, str], tuple[int, int]] = {}
 
     def record(self, promise: str, storage: str, how: str, cases: int, violations: int = 0) -> None:
-        """Add a finding: numbers of the promises, file system or service, how it was tried."""
-        self.findings.append(Finding(promise, storage, how, cases, violations))
+        """Add to a finding: numbers of the promises, file system or service, how it was tried."""
+        before, failed = self._counts.get((promise, how, storage), (0, 0))
+        self._counts[promise, how, storage] = before + cases, failed + violations
+
+    @property
+    def findings(self) -> list[Finding]:
+        """In the order of promises, ways and storages."""
+        return [
+            Finding(promise, storage, how, *counts) for (promise, how, storage), counts in sorted(self._counts.items())
+        ]
 
 
 _tally = pytest.StashKey[Tally]()
@@ -71,7 +79,7 @@ def chance(request: pytest.FixtureRequest) -> random.Random:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    findings = sorted(config.stash[_tally].findings, key=lambda found: (found.promise, found.how, found.storage))
+    findings = config.stash[_tally].findings
     if not findings:
         return
     seed = config.getoption("randomly_seed")

@@ -11,6 +11,7 @@ import json
 import os
 import socket
 import threading
+import time
 from collections import deque
 from contextlib import suppress
 from datetime import datetime, timezone
@@ -24,6 +25,8 @@ __all__ = ["LOCK_NAME", "LocalLease", "current_holder"]
 
 LOCK_NAME = ".seedvc_ckpt.lock"
 """The lock file's name. It is never deleted: a second process could lock a new one while the old one is still held."""
+
+_TIME_TO_RECORD = 1.0  # seconds from having the lock to having told who has it; it takes a millisecond
 
 
 class LocalLease:
@@ -75,6 +78,12 @@ class _Held:
                 "nothing was changed. Stop the other one, then start this one again"
             )
 
+    def release(self) -> None:
+        with suppress(StorageError):
+            if _identity(self.path) == self.identity:  # else the record there is another process's
+                _record(self.path, b"")
+        self.lock.release()
+
 
 _guard = threading.Lock()
 _held: dict[str, _Held] = {}
@@ -117,6 +126,22 @@ def _recorded(folder: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def _recorded_by_holder(folder: str) -> dict[str, Any]:
+    """What the process that has the lease now recorded, given a second if it has only just got it."""
+    deadline = time.monotonic() + _TIME_TO_RECORD
+    while not _of_this_holder(known := _recorded(folder)) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    return known
+
+
+def _of_this_holder(known: dict[str, Any]) -> bool:
+    # a writer that releases the lease clears its record; only a killed one can have left the record of an earlier one
+    process = known.get("process")
+    if not isinstance(process, int) or known.get("host") != socket.gethostname():
+        return bool(known)
+    return os.path.exists(f"/proc/{process}") or not os.path.exists("/proc/self")
+
+
 def _take(folder: str) -> _Held:
     with _guard:
         held = _held.get(folder)
@@ -133,7 +158,10 @@ def _lock(folder: str) -> _Held:
         lock = FileLock(path, timeout=0, thread_local=False, fallback_to_soft=False)
         lock.acquire()
     except Timeout:
-        raise LeaseHeldError(_told(folder)) from None
+        raise LeaseHeldError(
+            f"another process is writing to {folder}: {_who(_recorded_by_holder(folder))}. One run has one writer: "
+            "stop that one, or use another folder. Reading needs no lease"
+        ) from None
     except OSError as error:
         raise StorageError(f"can't lock {path}: {error.strerror or error}") from error
     record = {
@@ -141,10 +169,14 @@ def _lock(folder: str) -> _Held:
         "process": os.getpid(),
         "since": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
-    with suppress(OSError), open(path, "r+b") as file:  # only told to people: a full disk must not stop a writer
-        file.write(json.dumps(record).encode())
-        file.truncate()
+    _record(path, json.dumps(record).encode())
     return _Held(folder, lock)
+
+
+def _record(path: str, record: bytes) -> None:
+    with suppress(OSError), open(path, "r+b") as file:  # only told to people: a full disk must not stop a writer
+        file.write(record)
+        file.truncate()
 
 
 def _settle() -> None:
@@ -157,7 +189,7 @@ def _settle() -> None:
                 held.shares -= 1
                 if held.shares == 0:
                     del _held[held.folder]
-                    held.lock.release()
+                    held.release()
         finally:
             _guard.release()
 
@@ -170,13 +202,6 @@ def _identity(path: str) -> tuple[int, int] | None:
     except OSError as error:
         raise StorageError(f"can't look at the lock file {path}: {error.strerror}") from error
     return found.st_dev, found.st_ino
-
-
-def _told(folder: str) -> str:
-    return (
-        f"another process is writing to {folder}: {_who(_recorded(folder))}. One run has one writer: stop "
-        "that one, or use another folder. Reading needs no lease"
-    )
 
 
 def _who(known: dict[str, Any]) -> str:

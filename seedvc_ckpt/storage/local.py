@@ -358,7 +358,8 @@ def _give_name(temporary: str, path: str, *, overwrite: bool) -> None:
     try:
         os.link(temporary, path)
     except FileExistsError:
-        raise
+        if not os.path.samefile(temporary, path):  # a network file system may repeat a link whose answer was lost
+            raise
     except OSError as error:
         if error.errno not in _NO_HARD_LINKS:
             raise

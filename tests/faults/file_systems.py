@@ -1,0 +1,219 @@
+"""Small file systems of many kinds to save to: full ones, read-only ones, and one that fails as it is told."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+
+from block_device import mounted, workspace
+
+__all__ = ["filled", "loop_mounted", "missing", "passing_through", "remount"]
+
+_MKFS = {
+    "ext4": (16, ["mkfs.ext4", "-q", "-F", "-b", "4096", "-N", "256", "-E", "lazy_itable_init=0", "-m", "0"]),
+    "xfs": (48, ["mkfs.xfs", "-q", "-f", "--unsupported", "-l", "size=6m"]),  # supported ones are 300 MB and more
+    "btrfs": (128, ["mkfs.btrfs", "-q", "-f", "-m", "single"]),
+    "vfat": (16, ["mkfs.vfat"]),
+}
+
+
+def missing(*programs: str) -> str | None:
+    """Why file systems can't be made here, or None."""
+    if os.geteuid() != 0:
+        return "mounting needs root"
+    for path in ("/dev/fuse", "/dev/loop-control"):
+        if not os.path.exists(path):
+            return f"there is no {path}"
+    absent = [program for program in ("mount", *programs) if shutil.which(program) is None]
+    if absent:
+        return f"there is no {absent[0]}"
+    try:
+        with loop_mounted("tmpfs"):
+            return None
+    except subprocess.CalledProcessError as error:
+        return f"can't mount: {error.stderr}"
+
+
+@contextlib.contextmanager
+def loop_mounted(kind: str) -> Iterator[str]:
+    """A new, small file system; its folder."""
+    with workspace() as place:
+        if kind == "tmpfs":
+            folder = os.path.join(place, "tmpfs")
+            os.mkdir(folder)
+            _run("mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder)
+            try:
+                yield folder
+            finally:
+                _unmount(folder)
+            return
+        megabytes, command = _MKFS[kind]
+        image = os.path.join(place, "disk.img")
+        with open(image, "wb") as file:
+            file.truncate(megabytes << 20)
+        _run(*command, image)
+        with mounted(kind, image) as folder:
+            yield folder
+
+
+def remount(folder: str, how: str) -> None:
+    """Mount it again another way: "ro", "rw", or "abort" for an ext4 whose journal failed."""
+    _run("mount", "-o", f"remount,{how}", folder)
+
+
+@contextlib.contextmanager
+def filled(folder: str, leave: int) -> Iterator[int]:
+    """Fill the file system up to `leave` bytes, or as near as it can be; the bytes that are free."""
+    ballast = os.path.join(folder, "ballast")
+    descriptor = os.open(ballast, os.O_CREAT | os.O_WRONLY, 0o600)
+    try:
+        size = 0
+        for _ in range(20):
+            spare = shutil.disk_usage(folder).free - leave
+            if spare < 4096:
+                break
+            try:
+                os.posix_fallocate(descriptor, size, spare)
+                size += spare
+            except OSError as error:
+                if error.errno != errno.ENOSPC:
+                    raise
+                # what is free is not all for data: take half as much, then again
+                with contextlib.suppress(OSError):
+                    os.posix_fallocate(descriptor, size, spare // 2)
+                    size += spare // 2
+        os.fsync(descriptor)
+        yield shutil.disk_usage(folder).free
+    finally:
+        os.close(descriptor)
+        os.unlink(ballast)
+        os.sync()  # btrfs frees the space at its next commit
+
+
+@contextlib.contextmanager
+def passing_through(fault: str) -> Iterator[str]:
+    """A folder that shows another one, with a fault: "short writes", "no links", "links refused", "syncs fail"."""
+    with workspace() as place:
+        source, shown = os.path.join(place, "source"), os.path.join(place, "shown")
+        os.mkdir(source)
+        os.mkdir(shown)
+        server = subprocess.Popen([sys.executable, __file__, source, shown, fault])
+        try:
+            deadline = time.monotonic() + 20
+            while not os.path.ismount(shown):
+                if server.poll() is not None or time.monotonic() > deadline:
+                    raise OSError(errno.EIO, "the FUSE file system did not start")
+                time.sleep(0.005)
+            yield shown
+        finally:
+            _unmount(shown)
+            try:
+                server.wait(10)
+            except subprocess.TimeoutExpired:
+                server.kill()
+                server.wait()
+
+
+def temporary_folder() -> str:
+    """A folder on no file system of these."""
+    return tempfile.mkdtemp()
+
+
+def _run(*command: str) -> None:
+    subprocess.run(command, check=True, capture_output=True, text=True)
+
+
+def _unmount(folder: str) -> None:
+    for _ in range(20):
+        done = subprocess.run(["umount", folder], check=False, capture_output=True)
+        if done.returncode == 0 or not os.path.ismount(folder):
+            return
+        time.sleep(0.05)
+    subprocess.run(["umount", "-l", folder], check=False, capture_output=True)
+
+
+def _serve(source: str, shown: str, fault: str) -> None:  # noqa: C901
+    import mfusepy
+
+    def real(path: str) -> str:
+        return os.path.join(source, path.lstrip("/"))
+
+    class Passing(mfusepy.Operations):
+        use_ns = True
+
+        def getattr(self, path, fh=None):
+            found = os.fstat(fh.fh) if fh else os.lstat(real(path))
+            names = ("st_mode", "st_nlink", "st_size", "st_uid", "st_gid", "st_ino", "st_blocks")
+            times = {f"st_{what}time": getattr(found, f"st_{what}time_ns") for what in "amc"}
+            return {**{name: getattr(found, name) for name in names}, **times}
+
+        def readdir(self, path, fh):
+            return [".", "..", *os.listdir(real(path))]
+
+        def open(self, path, fi):
+            fi.fh = os.open(real(path), fi.flags & ~os.O_NOFOLLOW)
+            fi.direct_io = 1  # else the kernel takes a short write for an error
+            return 0
+
+        def create(self, path, mode, fi):
+            fi.fh = os.open(real(path), fi.flags | os.O_CREAT, mode)
+            fi.direct_io = 1
+            return 0
+
+        def read(self, path, size, offset, fi):
+            return os.pread(fi.fh, size, offset)
+
+        def write(self, path, data, offset, fi):
+            taken = max(1, len(data) // 3) if fault == "short writes" else len(data)
+            return os.pwrite(fi.fh, data[:taken], offset)
+
+        def fsync(self, path, datasync, fi):
+            if fault == "syncs fail":
+                raise OSError(errno.EIO, "")
+            return 0
+
+        def release(self, path, fi):
+            os.close(fi.fh)
+            return 0
+
+        def truncate(self, path, length, fh=None):
+            os.truncate(fh.fh if fh else real(path), length)
+
+        def link(self, target, source):
+            if fault in ("no links", "links refused"):
+                raise OSError(errno.ENOSYS if fault == "no links" else errno.EPERM, "")
+            # mfusepy names its arguments as symlink's: what is made comes first
+            os.link(real(source), real(target))
+
+        def unlink(self, path):
+            os.unlink(real(path))
+
+        def rename(self, old, new):
+            os.rename(real(old), real(new))
+
+        def mkdir(self, path, mode):
+            os.mkdir(real(path), mode)
+
+        def rmdir(self, path):
+            os.rmdir(real(path))
+
+        def chmod(self, path, mode):
+            os.chmod(real(path), mode)
+
+        def statfs(self, path):
+            found = os.statvfs(source)
+            names = ("f_bavail", "f_bfree", "f_blocks", "f_bsize", "f_frsize", "f_files", "f_ffree", "f_namemax")
+            return {name: getattr(found, name) for name in names}
+
+    mfusepy.FUSE(Passing(), shown, raw_fi=True, foreground=True, nothreads=True, hard_remove=True, use_ino=True)
+
+
+if __name__ == "__main__":
+    _serve(*sys.argv[1:])
