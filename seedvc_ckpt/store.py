@@ -7,7 +7,7 @@ import os
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from operator import itemgetter
@@ -245,8 +245,9 @@ class CheckpointStore:
         from seedvc_ckpt.format import torchzip  # torch takes more than a second to import
 
         encoded = torchzip.encode(state, manifest)
-        if self._lease is None:
-            self.acquire()
+        first = self._lease is None
+        self.acquire()
+        if first:
             self._refuse_order(self.list(), step, name, overwrite=overwrite)  # as another writer may have left it
         try:
             published = self._storage.publish(
@@ -296,10 +297,8 @@ class CheckpointStore:
             StorageError: if it can't be read.
         """
         info = self._find(which)
-        state = self._file(info).load(map_location=map_location, mmap=mmap, verify=verify)
-        if verify:
-            self._intact.add(info.name)
-        return state
+        with self._proving(info, proves=verify):
+            return self._file(info).load(map_location=map_location, mmap=mmap, verify=verify)
 
     def resume(self, *, map_location: str | torch.device = "cpu", mmap: bool = False) -> Resumed | None:
         """The newest intact checkpoint with its state, or None when there is none at all.
@@ -353,9 +352,9 @@ class CheckpointStore:
             CorruptCheckpointError: naming the record, and the tensor in it, that is damaged.
         """
         info = self._find(which)
-        for oddity in self._file(info).verify(progress):
-            _log.warning("%s in %s %s", info.name, self.location, oddity)
-        self._intact.add(info.name)
+        with self._proving(info):
+            for oddity in self._file(info).verify(progress):
+                _log.warning("%s in %s %s", info.name, self.location, oddity)
 
     def file(self, which: SupportsIndex | CheckpointInfo | None = None) -> CheckpointFile:
         """A checkpoint as a file, for reading."""
@@ -525,6 +524,17 @@ class CheckpointStore:
         if self._storage.stat(info.name) is None:
             raise CheckpointNotFoundError(f"{info.name} is not in {self.location} any more")
         return info
+
+    @contextmanager
+    def _proving(self, info: CheckpointInfo, *, proves: bool = True) -> Iterator[None]:
+        """Remember what reading a checkpoint shows: that it is intact, or that it is not."""
+        try:
+            yield
+        except CorruptCheckpointError:
+            self._intact.discard(info.name)
+            raise
+        if proves:
+            self._intact.add(info.name)
 
     def _unpin(self, name: str) -> None:
         with suppress(FileNotFoundError):

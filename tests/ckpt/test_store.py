@@ -592,6 +592,24 @@ def test_the_one_resumed_from_stays_while_no_other_is_proven(location, filled, s
     assert steps(store) == [3]
 
 
+@pytest.mark.parametrize("look", ["load", "verify"])
+def test_what_was_seen_to_be_damaged_counts_as_intact_no_more(run, filled, state, look):
+    """A newest checkpoint that has rotted since it was saved does not cost the one that training resumed from."""
+    filled(run, 1)
+    store = CheckpointStore(run, retention=keep_last(2))
+    store.resume()
+    store.save(state(), 2)
+    store.retention = (keep_last(1),)
+    path = run / SEED_VC.format(2)
+    damaged = bytearray(path.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    path.write_bytes(damaged)
+    with pytest.raises(CorruptCheckpointError):
+        getattr(store, look)(2)
+    store.prune()
+    assert steps(store) == [1, 2]
+
+
 def test_a_dry_run_only_plans(run, filled, snapshot):
     """prune(dry_run=True) tells what would go and touches nothing."""
     store = filled(run, 1, 2, 3)

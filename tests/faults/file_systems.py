@@ -19,8 +19,7 @@ __all__ = ["filled", "loop_mounted", "missing", "passing_through", "remount"]
 _MKFS = {
     "ext4": (16, ["mkfs.ext4", "-q", "-F", "-b", "4096", "-N", "256", "-E", "lazy_itable_init=0", "-m", "0"]),
     "xfs": (48, ["mkfs.xfs", "-q", "-f", "--unsupported", "-l", "size=6m"]),  # supported ones are 300 MB and more
-    "btrfs": (128, ["mkfs.btrfs", "-q", "-f", "-m", "single"]),
-    "vfat": (16, ["mkfs.vfat"]),
+    "btrfs": (120, ["mkfs.btrfs", "-q", "-f", "--mixed"]),  # as advised for small ones
 }
 
 
@@ -70,31 +69,40 @@ def remount(folder: str, how: str) -> None:
 
 @contextlib.contextmanager
 def filled(folder: str, leave: int) -> Iterator[int]:
-    """Fill the file system up to `leave` bytes, or as near as it can be; the bytes that are free."""
-    ballast = os.path.join(folder, "ballast")
-    descriptor = os.open(ballast, os.O_CREAT | os.O_WRONLY, 0o600)
+    """Fill the file system until nothing goes in any more but about `leave` bytes; what it says is free."""
+    ballast, room = os.path.join(folder, "ballast"), os.path.join(folder, "room")
+    free = shutil.disk_usage(folder).free
     try:
-        size = 0
-        for _ in range(20):
-            spare = shutil.disk_usage(folder).free - leave
-            if spare < 4096:
-                break
-            try:
-                os.posix_fallocate(descriptor, size, spare)
-                size += spare
-            except OSError as error:
-                if error.errno != errno.ENOSPC:
-                    raise
-                # what is free is not all for data: take half as much, then again
-                with contextlib.suppress(OSError):
-                    os.posix_fallocate(descriptor, size, spare // 2)
-                    size += spare // 2
-        os.fsync(descriptor)
+        _grow(room, leave, 4096)
+        for grain in (1 << 20, 4096):
+            _grow(ballast, 1 << 40, grain)
+        os.unlink(room)
+        os.sync()
         yield shutil.disk_usage(folder).free
     finally:
+        for path in (room, ballast):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+        deadline = time.monotonic() + 20
+        while shutil.disk_usage(folder).free < free - (3 << 20) and time.monotonic() < deadline:
+            os.sync()  # btrfs frees the space at its next commit, or the one after it
+
+
+def _grow(path: str, size: int, grain: int) -> None:
+    """Add `size` bytes to a file, or as many as there is room for."""
+    block = os.urandom(grain)
+    descriptor = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600)
+    try:
+        for _ in range(0, size, grain):
+            os.write(descriptor, block)
+            if grain > 4096:
+                os.fsync(descriptor)  # else more is accepted than there is room for
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+    finally:
         os.close(descriptor)
-        os.unlink(ballast)
-        os.sync()  # btrfs frees the space at its next commit
 
 
 @contextlib.contextmanager
@@ -155,7 +163,8 @@ def _serve(source: str, shown: str, fault: str) -> None:  # noqa: C901
             return {**{name: getattr(found, name) for name in names}, **times}
 
         def readdir(self, path, fh):
-            return [".", "..", *os.listdir(real(path))]
+            # an entry whose inode is not told counts as deleted
+            return [(name, self.getattr(os.path.join(path, name)), 0) for name in (".", "..", *os.listdir(real(path)))]
 
         def open(self, path, fi):
             fi.fh = os.open(real(path), fi.flags & ~os.O_NOFOLLOW)
