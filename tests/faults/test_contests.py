@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Tally
 from mutants import BY_CONTEST, Mutant, living_writers_cleaned_up, name_taken_from_others, no_lease
+from tally import Tally
 from zygote import Child
 
 from seedvc_ckpt import CheckpointStore, keep_last

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Tally
 from file_systems import filled, loop_mounted, missing, passing_through, remount
 from mutants import BY_SHORT_WRITE, Mutant
+from tally import Tally
 from zygote import Child, run_in_child
 
 from seedvc_ckpt import CheckpointStore, SaveFailedError, keep_last
