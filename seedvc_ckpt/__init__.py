@@ -27,10 +27,12 @@ if TYPE_CHECKING:
     )
     from seedvc_ckpt.naming import SEED_VC, NamePattern
     from seedvc_ckpt.retention import Plan, keep_best, keep_every, keep_last, keep_within
+    from seedvc_ckpt.saver import AsyncSaver
     from seedvc_ckpt.store import CheckpointStore
 
 __all__ = [
     "SEED_VC",
+    "AsyncSaver",
     "CheckpointError",
     "CheckpointExistsError",
     "CheckpointInfo",
@@ -58,6 +60,7 @@ _HOMES = {
     "checkpoint": ["CheckpointInfo", "Manifest"],
     "naming": ["SEED_VC", "NamePattern"],
     "retention": ["Plan", "keep_best", "keep_every", "keep_last", "keep_within"],
+    "saver": ["AsyncSaver"],
     "store": ["CheckpointStore"],
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

@@ -33,7 +33,9 @@ from seedvc_ckpt.storage.leftovers import Leftover
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["CheckpointStore", "Resumed"]
+    from seedvc_ckpt.format import torchzip
+
+__all__ = ["CheckpointStore", "PreparedSave", "Resumed"]
 
 _log = logging.getLogger(__name__)
 
@@ -56,6 +58,29 @@ class Resumed:
     def steps_lost(self) -> int:
         """The steps between this checkpoint and the newest that was rejected; 0 when none was."""
         return self.rejected[0][0].step - self.info.step if self.rejected else 0
+
+
+@dataclass(frozen=True)
+class PreparedSave:
+    """A save that passed all checks, to be written.
+
+    Attributes:
+        store: Where to.
+        name: Under which name.
+        step: Of which step.
+        encoded: The file; its records may be replaced by copies before it is written.
+        overwrite: Whether to replace a checkpoint of this name.
+    """
+
+    store: CheckpointStore
+    name: str
+    step: int
+    encoded: torchzip.Encoded
+    overwrite: bool
+
+    def write(self, *, verify: bool = False) -> CheckpointInfo:
+        """The second half of a save: write the file, and prune. Raises as `CheckpointStore.save` does."""
+        return self.store._write(self, verify=verify)  # noqa: SLF001 - the other half of the store's own save
 
 
 class CheckpointStore:
@@ -219,6 +244,31 @@ class CheckpointStore:
                 is there. (Without, that is logged, nothing is pruned, and the save has succeeded.)
             SaveFailedError: if it can't be written. Otherwise, in all these cases, nothing has changed.
         """
+        return self.prepare(state, step, epoch, metrics=metrics, overwrite=overwrite).write(verify=verify)
+
+    def prepare(
+        self,
+        state: Any,
+        step: SupportsIndex,
+        epoch: SupportsIndex = 0,
+        *,
+        metrics: Mapping[str, SupportsFloat] | None = None,
+        overwrite: bool = False,
+        in_background: bool = False,
+    ) -> PreparedSave:
+        """The first half of a save: all that can be refused is; nothing is written yet.
+
+        Args:
+            state: As for `save`. Its tensors are read by the second half and must not change until then.
+            step: As for `save`.
+            epoch: As for `save`.
+            metrics: As for `save`.
+            overwrite: As for `save`.
+            in_background: Take the lease now, and leave to the second half what takes long and hardly ever fails.
+
+        Raises:
+            CheckpointError: as `save` does, but for `SaveFailedError`.
+        """
         self._refuse_changes("save to it")
         step, epoch = checked_number("step", step), checked_number("epoch", epoch)
         name = self.pattern.format(step, epoch)
@@ -244,35 +294,11 @@ class CheckpointStore:
             self._plan([*others, coming], {coming: manifest.metrics})
         from seedvc_ckpt.format import torchzip  # torch takes more than a second to import
 
-        encoded = torchzip.encode(state, manifest)
-        first = self._lease is None
-        self.acquire()
-        if first:
-            self._refuse_order(self.list(), step, name, overwrite=overwrite)  # as another writer may have left it
-        try:
-            published = self._storage.publish(
-                name, encoded.size, encoded, overwrite=overwrite, before=self._check_lease
-            )
-        except FileExistsError:
-            raise CheckpointExistsError(
-                f"{name} appeared in {self.location} during the save and was left as it is: another process is "
-                "saving to this run"
-            ) from None
-        named = self.pattern.parse(name) or ParsedName(step)  # a name without an epoch lists as epoch 0
-        info = CheckpointInfo(name, named.step, named.epoch, published.size, published.modified)
-        try:
-            info = replace(info, pinned=self._storage.stat(f"{name}.pin") is not None)
-            self._read_back(info, encoded.manifest, verify=verify)
-        except StorageError as error:
-            if verify:
-                raise
-            # it is durable, which is what was asked for; nothing older goes while it is not seen to be readable
-            _log.warning("%s was saved to %s, but nothing was pruned: %s", name, self.location, error)
-            return info
-        self._intact.add(name)
-        if self.retention:
-            self._prune_after_save()
-        return info
+        encoded = torchzip.encode(state, manifest, check_later=in_background)
+        prepared = PreparedSave(self, name, step, encoded, overwrite)
+        if in_background:
+            self._prepare_to_write(prepared)
+        return prepared
 
     def load(
         self,
@@ -539,6 +565,39 @@ class CheckpointStore:
     def _unpin(self, name: str) -> None:
         with suppress(FileNotFoundError):
             self._storage.delete(f"{name}.pin")
+
+    def _prepare_to_write(self, save: PreparedSave) -> None:
+        first = self._lease is None
+        self.acquire()
+        if first:  # as another writer may have left it
+            self._refuse_order(self.list(), save.step, save.name, overwrite=save.overwrite)
+
+    def _write(self, save: PreparedSave, *, verify: bool) -> CheckpointInfo:
+        self._prepare_to_write(save)
+        try:
+            published = self._storage.publish(
+                save.name, save.encoded.size, save.encoded, overwrite=save.overwrite, before=self._check_lease
+            )
+        except FileExistsError:
+            raise CheckpointExistsError(
+                f"{save.name} appeared in {self.location} during the save and was left as it is: another process is "
+                "saving to this run"
+            ) from None
+        named = self.pattern.parse(save.name) or ParsedName(save.step)  # a name without an epoch lists as epoch 0
+        info = CheckpointInfo(save.name, named.step, named.epoch, published.size, published.modified)
+        try:
+            info = replace(info, pinned=self._storage.stat(f"{save.name}.pin") is not None)
+            self._read_back(info, save.encoded.manifest, verify=verify)
+        except StorageError as error:
+            if verify:
+                raise
+            # it is durable, which is what was asked for; nothing older goes while it is not seen to be readable
+            _log.warning("%s was saved to %s, but nothing was pruned: %s", save.name, self.location, error)
+            return info
+        self._intact.add(save.name)
+        if self.retention:
+            self._prune_after_save()
+        return info
 
     def _check_lease(self) -> None:
         if self._lease is not None:

@@ -6,8 +6,9 @@ import io
 import pickle
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,9 +22,12 @@ from seedvc_ckpt.format.contents import CONTAINERS, Path, TensorRef, children, p
 from seedvc_ckpt.format.records import RecordSource, collect_tensors, lay_out, memory_of, new_storage
 from seedvc_ckpt.format.unpickle import STORAGE_TYPES, Storage, unpickle
 from seedvc_ckpt.format.zipbytes import Record
+from seedvc_ckpt.threads import ahead, in_parallel
 
 __all__ = ["Encoded", "decode", "encode", "encode_tree"]
 
+_LARGE = 1 << 20  # bytes; what is smaller is joined before it is written
+_WORTH_A_THREAD = 8 << 20  # bytes of a file; below, starting a thread takes longer than it saves
 _PROTOCOL = 2  # the newest that torch's weights_only reader knows
 
 
@@ -33,11 +37,15 @@ class Encoded:
     Attributes:
         size: Bytes of the file.
         manifest: The manifest inside.
+        records: What is in it.
     """
 
-    def __init__(self, records: list[RecordSource], manifest: Manifest) -> None:
+    def __init__(
+        self, records: Sequence[RecordSource], manifest: Manifest, check: Callable[[], object] = lambda: None
+    ) -> None:
         self.manifest = manifest
-        self._records = records
+        self.records = records
+        self.check = check
         offset = 0
         placed = []
         for record in records:
@@ -46,10 +54,19 @@ class Encoded:
             offset += zb.local_header_size(name, record.nbytes, offset) + record.nbytes
         self.size = offset + len(zb.directory_bytes(placed, offset))
 
+    def with_records(self, records: Sequence[RecordSource]) -> Encoded:
+        """The same file, its records' bytes read from elsewhere."""
+        return Encoded(records, self.manifest, self.check)
+
     def __iter__(self) -> Iterator[memoryview]:
+        self.check()
+        chunks = _in_large_chunks(self._chunks())
+        return ahead(chunks) if self.size >= _WORTH_A_THREAD else chunks
+
+    def _chunks(self) -> Iterator[memoryview]:
         offset = 0
         written: list[Record] = []
-        for source in self._records:
+        for source in self.records:
             content = source.read()
             record = Record(f"{ROOT}/{source.name}", source.nbytes, zlib.crc32(content), offset)
             header = zb.local_header(record)
@@ -60,14 +77,38 @@ class Encoded:
         yield memoryview(zb.directory_bytes(written, offset))
 
 
-def encode(state: Any, manifest: Manifest) -> Encoded:
+def _in_large_chunks(chunks: Iterable[memoryview]) -> Iterator[memoryview]:
+    """The same bytes with small chunks joined; large ones are passed on as they are, not copied."""
+    joined = bytearray()
+    for chunk in chunks:
+        if len(chunk) < _LARGE:
+            joined += chunk
+        if joined and (len(chunk) >= _LARGE or len(joined) >= _LARGE):
+            yield memoryview(joined)
+            joined = bytearray()
+        if len(chunk) >= _LARGE:
+            yield chunk
+    if joined:
+        yield memoryview(joined)
+
+
+def encode(state: Any, manifest: Manifest, *, check_later: bool = False) -> Encoded:
     """A state as a file. Tensors are read when the result is iterated, and must not change until then.
+
+    Args:
+        state: What to save.
+        manifest: What the file says of itself.
+        check_later: Where the state is obviously plain, read the pickle back only when the result is iterated.
 
     Raises:
         UnsafeCheckpointError: for a state that could not be loaded again, naming the path to the part at fault.
     """
-    refs, records = lay_out(collect_tensors(state))
+    tensors, plain = collect_tensors(state)
+    refs, records = lay_out(tensors)
     manifest = manifest.model_copy(update={"torch": torch.__version__})
+    if plain and check_later:
+        data = _pickled(state, refs)
+        return _encoded(data, len(refs), records, manifest, lambda: _check(data))
     return _encoded(_checked_pickle(state, refs), len(refs), records, manifest)
 
 
@@ -105,10 +146,13 @@ def decode(
             if record not in keys:
                 archive.verify_record(record)
     device = torch.device(map_location)
-    loaded = {}
-    for record, key in keys.items():
+    loaded: dict[str, torch.UntypedStorage] = {}
+
+    def load(record: str, key: str) -> None:
         storage = read(record, verify, holds(record))
         loaded[key] = storage if device.type == "cpu" else _moved(storage, device)
+
+    in_parallel([partial(load, record, key) for record, key in keys.items()])
     return unpickle(data, _TensorBuilder(loaded), name)
 
 
@@ -188,7 +232,13 @@ def _rebuilding(ref: TensorRef) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     return torch._utils._rebuild_tensor_v3, (*place, getattr(torch, ref.dtype))  # noqa: SLF001
 
 
-def _encoded(data: bytes, tensors: int, records: list[RecordSource], manifest: Manifest) -> Encoded:
+def _encoded(
+    data: bytes,
+    tensors: int,
+    records: list[RecordSource],
+    manifest: Manifest,
+    check: Callable[[], object] = lambda: None,
+) -> Encoded:
     manifest = manifest.model_copy(
         update={"tensors": tensors, "tensor_bytes": sum(record.nbytes for record in records)}
     )
@@ -199,7 +249,7 @@ def _encoded(data: bytes, tensors: int, records: list[RecordSource], manifest: M
             f"a checkpoint has at most {MAX_RECORDS:,} records and {MAX_MANIFEST:,} bytes of manifest: this one would "
             f"have {len(records) + len(small):,} and {len(small[MANIFEST]):,}. Stack tensors, or give fewer metrics"
         )
-    return Encoded([*records, *(_constant(name, content) for name, content in small.items())], manifest)
+    return Encoded([*records, *(_constant(name, content) for name, content in small.items())], manifest, check)
 
 
 def _constant(name: str, content: bytes) -> RecordSource:
@@ -225,16 +275,24 @@ def _checked_pickle(state: Any, refs: Mapping[int, TensorRef]) -> bytes:
 
 
 def _pickle_and_read(state: Any, refs: Mapping[int, TensorRef]) -> bytes:
+    data = _pickled(state, refs)
+    _check(data)
+    return data
+
+
+def _pickled(state: Any, refs: Mapping[int, TensorRef]) -> bytes:
     buffer = io.BytesIO()
     _Pickler(buffer, refs).dump(state)
-    data = buffer.getvalue()
+    return buffer.getvalue()
+
+
+def _check(data: bytes) -> None:
     contents.parse(data, "the state")
     if len(data) > MAX_PICKLE:
         raise UnsafeCheckpointError(
             f"the state: {len(data):,} bytes besides its tensors, more than the {MAX_PICKLE:,} that are read: make "
             "tensors of large lists, strings and bytes"
         )
-    return data
 
 
 def _culprit(value: Any, refs: Mapping[int, TensorRef], path: Path = ()) -> tuple[Path, Any]:

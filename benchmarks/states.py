@@ -1,0 +1,50 @@
+"""States of the sizes that people train: the networks of Seed-VC's presets with AdamW, after one step."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from seedvc_train.config import Config
+from seedvc_train.model import build_model
+from seedvc_train.state import TrainingState
+
+__all__ = ["PRESETS", "preset", "stacked"]
+
+_FILE = Path(__file__).parent.parent / "tests" / "data" / "presets.json"
+PRESETS = {
+    "xlsr_tiny": "config_dit_mel_seed_uvit_xlsr_tiny.yml",
+    "whisper_small_wavenet": "config_dit_mel_seed_uvit_whisper_small_wavenet.yml",
+    "whisper_base_f0_44k": "config_dit_mel_seed_uvit_whisper_base_f0_44k.yml",
+}
+
+
+def preset(name: str) -> TrainingState:
+    """The training state of a preset; 103 million parameters for ``whisper_small_wavenet``."""
+    config = Config.model_validate(json.loads(_FILE.read_text())[PRESETS[name]])
+    state = TrainingState.fresh(build_model(config.model_params), 1e-5)
+    _make_moments(state.optimizers.values())
+    return state
+
+
+def _make_moments(optimizers: Iterable[torch.optim.Optimizer]) -> None:
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = torch.full_like(parameter, 1e-3)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def stacked(millions: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """A model of about so many million parameters in 6-million blocks, with AdamW after one step."""
+    blocks = max(1, round(millions * 1e6 / (12 * 720 * 720)))
+    layers = [nn.Linear(720, 720) for _ in range(12 * blocks)]
+    model = nn.Sequential(*layers)
+    optimizer = torch.optim.AdamW(model.parameters())
+    _make_moments([optimizer])
+    return model, optimizer

@@ -1,0 +1,297 @@
+"""Saving while training goes on: the state is copied at once, written in the background."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, SupportsFloat, SupportsIndex
+
+from seedvc_ckpt.checkpoint import CheckpointInfo
+from seedvc_ckpt.errors import CheckpointError
+from seedvc_ckpt.store import CheckpointStore, PreparedSave
+
+if TYPE_CHECKING:
+    import torch
+
+    from seedvc_ckpt.format.staging import Copy, StagingBuffer
+
+__all__ = ["AsyncSaver", "PendingSave"]
+
+_log = logging.getLogger(__name__)
+
+WhenBusy = Literal["wait", "skip"]
+
+
+class AsyncSaver:
+    """Saves to a store without holding up training.
+
+    `save` copies what may change before the next `optimizer.step()`, and returns. The parameters and the state of
+    guarded optimizers don't, until then: they are copied in the background, and `step` waits where it comes too early.
+    Then the file is written, published and pruned as `CheckpointStore.save` does it. What is in it is the state at the
+    moment of `save`, exactly.
+
+    A save that fails in the background is told once: by its own `result`, or else by the next `save` or `close`; where
+    neither comes any more, it is logged. The copies take as much memory as the state, once for all saves.
+
+    Use it from one thread, between optimizer steps. Change guarded tensors by nothing but `step`, or call `wait_staged`
+    first.
+
+    Args:
+        store: Where to save. It is not closed.
+        when_busy: What `save` does while an earlier one is not finished: "wait" for it, or "skip" this one.
+    """
+
+    def __init__(self, store: CheckpointStore, *, when_busy: WhenBusy = "wait") -> None:
+        self.store = store
+        self.when_busy = _checked(when_busy)
+        self._buffer: StagingBuffer | None = None
+        self._guarded: dict[int, tuple[torch.optim.Optimizer, Any]] = {}
+        self._process = os.getpid()
+        self._told = _Told()
+        self._pending: PendingSave | None = None
+        self._finish = weakref.finalize(self, self._told.log_rest)
+
+    def __enter__(self) -> AsyncSaver:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.close()
+            return
+        self._end()
+        self._told.log_rest()  # what ended the block is the news
+
+    def guard(self, optimizer: torch.optim.Optimizer) -> None:
+        """Let the optimizer's `step` wait while what it changes is still being copied, so that `save` need not.
+
+        Raises:
+            TypeError: for what is no torch optimizer.
+        """
+        import torch
+
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"guard() takes a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        if id(optimizer) not in self._guarded:
+            hook = optimizer.register_step_pre_hook(lambda *_: self._await_copies_of(optimizer))
+            self._guarded[id(optimizer)] = optimizer, hook
+
+    def save(
+        self,
+        state: Any,
+        step: SupportsIndex,
+        epoch: SupportsIndex = 0,
+        *,
+        metrics: Mapping[str, SupportsFloat] | None = None,
+        overwrite: bool = False,
+        verify: bool = False,
+        when_busy: WhenBusy | None = None,
+    ) -> PendingSave | None:
+        """Save the state as it is now; see `CheckpointStore.save` for all but `when_busy`.
+
+        Args:
+            state: May hold live tensors.
+            step: Training steps done.
+            epoch: The epoch that is running.
+            metrics: Numbers to keep with it.
+            overwrite: Replace a checkpoint of this step.
+            verify: Read the file back, in the background.
+            when_busy: Instead of the saver's own.
+
+        Returns:
+            What becomes of it; None if it was skipped.
+
+        Raises:
+            CheckpointError: what an earlier save failed with, if nobody was told, or why this one can't begin, as
+                `CheckpointStore.save` has it.
+        """
+        self._refuse_other_process()
+        self._told.raise_rest()
+        if self._pending is not None and not self._pending.done:
+            if _checked(when_busy or self.when_busy) == "skip":
+                return None
+            self._pending.wait()
+            self._told.raise_rest()
+        prepared = self.store.prepare(state, step, epoch, metrics=metrics, overwrite=overwrite, in_background=True)
+        self._pending = self._begin(prepared, verify=verify)
+        return self._pending
+
+    def close(self) -> None:
+        """Finish what was begun, and free the memory. A later `save` begins anew; guards have to be set again.
+
+        Raises:
+            CheckpointError: what the last save failed with, if nobody was told.
+        """
+        self._end()
+        self._told.raise_rest()
+
+    def _end(self) -> None:
+        if self._process != os.getpid():
+            return
+        if self._pending is not None:
+            self._pending.wait()
+        for _, hook in self._guarded.values():
+            hook.remove()
+        self._guarded.clear()
+        self._pending = self._buffer = None
+
+    def _begin(self, prepared: PreparedSave, *, verify: bool) -> PendingSave:
+        from seedvc_ckpt.format import staging
+
+        self._buffer = self._buffer or staging.StagingBuffer()
+        records, copies = self._buffer.place(prepared.encoded.records)
+        later, at_once = self._deferred(copies)
+        moment = staging.moment_on_device(copies)
+        staging.make_copies(at_once)
+        staged = PreparedSave(
+            prepared.store, prepared.name, prepared.step, prepared.encoded.with_records(records), prepared.overwrite
+        )
+
+        def copy(of_optimizer: int) -> None:
+            staging.make_copies(later[of_optimizer], moment)
+
+        pending = PendingSave(staged.name, list(later), copy, lambda: staged.write(verify=verify), self._told)
+        pending.start()
+        return pending
+
+    def _deferred(self, copies: Sequence[Copy]) -> tuple[dict[int, list[Copy]], list[Copy]]:
+        """The copies that can wait for each optimizer's next step, and those that can't."""
+        from seedvc_ckpt.format.staging import memory_changed_by
+
+        changed = {key: memory_changed_by(optimizer) for key, (optimizer, _) in self._guarded.items()}
+        later: dict[int, list[Copy]] = {key: [] for key in changed}
+        at_once: list[Copy] = []
+        for copy in copies:
+            begin, size = copy.source.memory or 0, copy.source.nbytes
+            owner = next((key for key, spans in changed.items() if spans.get(begin, -1) >= begin + size), None)
+            (at_once if owner is None else later[owner]).append(copy)
+        return later, at_once
+
+    def _await_copies_of(self, optimizer: torch.optim.Optimizer) -> None:
+        if self._pending is not None and self._process == os.getpid():
+            self._pending.wait_copied(id(optimizer))
+
+    def _refuse_other_process(self) -> None:
+        if self._process != os.getpid():
+            raise CheckpointError(
+                "this AsyncSaver belongs to the parent process, whose threads a fork does not take along: make one of "
+                "your own"
+            )
+
+
+class PendingSave:
+    """A save that goes on in the background.
+
+    Attributes:
+        name: The checkpoint's name.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        owners: Sequence[int],
+        copy: Callable[[int], object],
+        write: Callable[[], CheckpointInfo],
+        told: _Told,
+    ) -> None:
+        self.name = name
+        self._work: tuple[Callable[[int], object], Callable[[], CheckpointInfo]] | None = (copy, write)
+        self._copied = {owner: threading.Event() for owner in owners}
+        self._told = told
+        self._info: CheckpointInfo | None = None
+        self._error: BaseException | None = None
+        # not a daemon: the interpreter waits for it before it exits
+        self._thread = threading.Thread(target=self._run, name=f"seedvc-ckpt save {name}", daemon=False)
+
+    def __repr__(self) -> str:
+        found = "in progress" if not self.done else f"failed: {self._error}" if self._error else "done"
+        return f"<PendingSave {self.name}: {found}>"
+
+    def start(self) -> None:
+        """Go to the background; where no thread can be started, do all of it now."""
+        try:
+            self._thread.start()
+        except RuntimeError:
+            self._run()
+
+    @property
+    def done(self) -> bool:
+        """Whether it is durable, or has failed."""
+        return self._work is None
+
+    def wait_staged(self) -> None:
+        """Wait until everything is copied; from then on all tensors may be changed."""
+        for event in self._copied.values():
+            event.wait()
+
+    def wait_copied(self, owner: int) -> None:
+        """Wait until what the optimizer changes is copied."""
+        if owner in self._copied:
+            self._copied[owner].wait()
+
+    def wait(self) -> None:
+        """Wait until it is durable or has failed."""
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def result(self) -> CheckpointInfo:
+        """Wait, and return the checkpoint.
+
+        Raises:
+            CheckpointError: if it could not be saved, as `CheckpointStore.save` has it.
+        """
+        self.wait()
+        if self._error is not None:
+            self._told.was_told(self)
+            raise self._error
+        assert self._info is not None  # noqa: S101 - one of the two is there when the thread has ended
+        return self._info
+
+    def _run(self) -> None:
+        copy, write = self._work  # type: ignore[misc] # it is there until this has run
+        try:
+            for owner, copied in self._copied.items():
+                copy(owner)
+                copied.set()
+            self._info = write()
+        except BaseException as error:  # noqa: BLE001 - told to the caller
+            self._error = error
+            self._told.failed(self, error)
+        finally:
+            del copy, write  # they hold the state
+            self._work = None
+            for copied in self._copied.values():
+                copied.set()
+
+
+class _Told:
+    """Which failures the caller has not been told of."""
+
+    def __init__(self) -> None:
+        self._rest: list[tuple[PendingSave, BaseException]] = []
+
+    def failed(self, save: PendingSave, error: BaseException) -> None:
+        self._rest.append((save, error))
+
+    def was_told(self, save: PendingSave) -> None:
+        self._rest[:] = [entry for entry in self._rest if entry[0] is not save]
+
+    def raise_rest(self) -> None:
+        if self._rest:
+            raise self._rest.pop(0)[1]
+
+    def log_rest(self) -> None:
+        while self._rest:
+            save, error = self._rest.pop(0)
+            _log.error("the save of %s failed: %s", save.name, error)
+
+
+def _checked(when_busy: WhenBusy) -> WhenBusy:
+    if when_busy not in ("wait", "skip"):
+        raise ValueError(f'when_busy is "wait" or "skip", got {when_busy!r}')
+    return when_busy
