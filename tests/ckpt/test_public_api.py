@@ -10,6 +10,7 @@ import seedvc_ckpt
 
 NAMES = [
     "SEED_VC",
+    "AsyncSaver",
     "CheckpointError",
     "CheckpointExistsError",
     "CheckpointInfo",
