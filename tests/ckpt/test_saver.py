@@ -15,7 +15,7 @@ import warnings
 import pytest
 import states
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 
 from seedvc_ckpt import (
     SEED_VC,
@@ -198,6 +198,8 @@ def test_nested_optimizer_state_is_guarded(run, held):
     assert {tensor.data_ptr() for tensor in history} <= set(changed)
 
 
+@pytest.mark.filterwarnings("ignore:ComplexHalf")
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(state=states.states)
 def test_the_file_is_the_one_that_a_plain_save_writes(state):
     """Whatever the state's views, strides and dtypes, copying it first changes no byte of the tensors."""
