@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
@@ -43,11 +44,15 @@ class AsyncSaver:
     Args:
         store: Where to save. It is not closed.
         when_busy: What `save` does while an earlier one is not finished: "wait" for it, or "skip" this one.
+
+    Attributes:
+        seconds_waited: How long guarded steps have waited for copies so far.
     """
 
     def __init__(self, store: CheckpointStore, *, when_busy: WhenBusy = "wait") -> None:
         self.store = store
         self.when_busy = _checked(when_busy)
+        self.seconds_waited = 0.0
         self._buffer: StagingBuffer | None = None
         self._guarded: dict[int, tuple[torch.optim.Optimizer, Any]] = {}
         self._process = os.getpid()
@@ -174,7 +179,9 @@ class AsyncSaver:
 
     def _await_copies_of(self, optimizer: torch.optim.Optimizer) -> None:
         if self._pending is not None and self._process == os.getpid():
+            began = time.monotonic()
             self._pending.wait_copied(id(optimizer))
+            self.seconds_waited += time.monotonic() - began
 
     def _refuse_other_process(self) -> None:
         if self._process != os.getpid():

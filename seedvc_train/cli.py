@@ -56,7 +56,7 @@ def _run_name(_ctx: click.Context, _parameter: click.Parameter, value: str) -> s
     "--keep-last", type=click.IntRange(min=1), default=2, show_default=True, help="Newest checkpoints to keep."
 )
 @click.option("--keep-every", type=click.IntRange(min=1), metavar="STEPS", help="Keep multiples of this for good.")
-@click.option("--sync-save", is_flag=True, help="Wait for each save.  [the only way in this version]")
+@click.option("--sync-save", is_flag=True, help="Wait for each save, instead of writing it while training goes on.")
 @click.option("--resume", default="auto", show_default=True, callback=_resume, metavar="auto|never|STEP",
               help="Go on from the newest intact checkpoint, start anew, or go back to a step.")  # fmt: skip
 @click.option("--allow-changes", is_flag=True, help="Go on though settings or data changed.")
@@ -95,6 +95,7 @@ def _train(options: dict[str, Any]) -> int:
     from seedvc_train.model import build_model
     from seedvc_train.optim import LEARNING_RATE
     from seedvc_train.randomness import seed_all
+    from seedvc_train.saving import Saving
     from seedvc_train.settings import Settings
     from seedvc_train.state import TrainingState
 
@@ -134,7 +135,8 @@ def _train(options: dict[str, Any]) -> int:
         )
         run.keep_config(folder, options["config"])
         limits = Limits(options["max_steps"], options["max_epochs"], options["save_every"], config.log_interval)
-        code = train(state, batches, store, settings, limits, folder)
+        saving = Saving(store, state.optimizers.values(), in_background=not options["sync_save"])
+        code = train(state, batches, saving, settings, limits, folder)
         if code:
             _say(f"stopped at step {state.step}, saved; start the same command again to go on")
         else:

@@ -11,7 +11,6 @@ from typing import cast
 import torch
 from torch import nn
 
-from seedvc_ckpt import CheckpointStore
 from seedvc_train.dataset import Batch
 from seedvc_train.interruption import Interruption
 from seedvc_train.metrics import MetricsLog
@@ -19,6 +18,7 @@ from seedvc_train.model import FlowMatching, draw_prompt_lens
 from seedvc_train.model.dit import length_mask
 from seedvc_train.optim import clip_gradients
 from seedvc_train.progress import Progress
+from seedvc_train.saving import Saving
 from seedvc_train.settings import Settings
 from seedvc_train.state import TrainingState
 
@@ -42,7 +42,7 @@ class Limits:
 def train(
     state: TrainingState,
     batches: Callable[[int, int], Iterable[Batch]],
-    store: CheckpointStore,
+    saving: Saving,
     settings: Settings,
     limits: Limits,
     folder: str,
@@ -52,27 +52,27 @@ def train(
     Args:
         state: Where to begin; ends as the last step left it.
         batches: The batches of an epoch from a position on.
-        store: Where checkpoints go.
+        saving: Where checkpoints go; finished on return.
         settings: Saved with each of them.
         limits: When to stop, save and log.
         folder: Where ``metrics.jsonl`` is kept.
 
     Raises:
         TrainingError: if the loss is not finite any more; nothing is saved then.
+        CheckpointError: if a checkpoint can't be saved.
     """
     device = next(state.model.parameters()).device
     saved, stalled, since, logged = state.step, 0.0, time.monotonic(), state.step
 
     def save() -> None:
-        nonlocal saved, stalled
-        began = time.monotonic()
+        nonlocal saved
         metrics = {} if state.running_loss is None else {"loss": state.running_loss}
-        store.save(state.to_checkpoint(settings), step=state.step, epoch=state.epoch, metrics=metrics)
-        saved, stalled = state.step, stalled + time.monotonic() - began
-        progress.saved(saved)
+        saving.save(state.to_checkpoint(settings), state.step, state.epoch, metrics)
+        saved = state.step
 
     with (
         Interruption() as interruption,
+        saving,
         MetricsLog(folder, state.step) as log,
         Progress(state.step, limits.max_steps) as progress,
     ):
@@ -88,11 +88,12 @@ def train(
                     optimizer.step()
                     state.schedulers[name].step()
                 state.advance(loss.item())
-                progress.step(loss.item())
+                progress.step(loss.item(), saving.durable)
                 if state.step % limits.save_every == 0:
                     save()
                 if state.step % limits.log_every == 0:
-                    seconds = (time.monotonic() - since - stalled) / (state.step - logged)
+                    waited, stalled = saving.seconds - stalled, saving.seconds
+                    seconds = (time.monotonic() - since - waited) / (state.step - logged)
                     lr = state.optimizers["cfm"].param_groups[0]["lr"]
                     log.write(
                         step=state.step,
@@ -101,10 +102,10 @@ def train(
                         running_loss=state.running_loss,
                         lr=lr,
                         seconds_per_step=round(seconds, 6),
-                        seconds_stalled=round(stalled, 6),
+                        seconds_stalled=round(waited, 6),
                     )
                     progress.logged(state.step, loss.item())
-                    stalled, since, logged = 0.0, time.monotonic(), state.step
+                    since, logged = time.monotonic(), state.step
                 if state.step >= limits.max_steps or interruption.signal:
                     break
             else:

@@ -39,16 +39,12 @@ class Progress:
     ) -> None:
         self._bar.close()
 
-    def step(self, loss: float) -> None:
-        """A step is done."""
+    def step(self, loss: float, saved: int | None) -> None:
+        """A step is done; `saved` is the newest durable checkpoint of this process."""
         self._loss = loss
+        self._saved = str(saved) if saved is not None else self._saved
         self._bar.set_postfix_str(self._postfix(), refresh=False)
         self._bar.update()
-
-    def saved(self, step: int) -> None:
-        """A checkpoint is durable."""
-        self._saved = str(step)
-        self._bar.set_postfix_str(self._postfix())
 
     def _postfix(self) -> str:
         return f"loss {self._loss:.4f}, saved {self._saved}"

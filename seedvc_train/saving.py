@@ -1,0 +1,74 @@
+"""The saves of a run, in the background or not, and how long training waited for them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any
+
+from torch.optim import Optimizer
+
+from seedvc_ckpt import AsyncSaver, CheckpointStore
+from seedvc_ckpt.saver import PendingSave
+
+__all__ = ["Saving"]
+
+
+class Saving:
+    """Saves to a store. Leaving it finishes what was begun, and raises what nobody was told.
+
+    Args:
+        store: Where to.
+        optimizers: Those whose `step` changes the state.
+        in_background: Write while training goes on.
+    """
+
+    def __init__(self, store: CheckpointStore, optimizers: Iterable[Optimizer], *, in_background: bool) -> None:
+        self._durable: int | None = None
+        self._store = store
+        self._saver = AsyncSaver(store) if in_background else None
+        self._optimizers = optimizers
+        self._stack = ExitStack()
+        self._seconds = 0.0
+        self._pending: tuple[int, PendingSave] | None = None
+
+    def __enter__(self) -> Saving:
+        if self._saver is not None:
+            self._stack.enter_context(self._saver)
+            for optimizer in self._optimizers:
+                self._saver.guard(optimizer)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.__exit__(kind, error, trace)
+
+    def save(self, state: Any, step: int, epoch: int, metrics: Mapping[str, float]) -> None:
+        """Save a state whose tensors are live.
+
+        Raises:
+            CheckpointError: if it, or the one before it, can't be saved.
+        """
+        began = time.monotonic()
+        if self._saver is None:
+            self._store.save(state, step, epoch, metrics=metrics)
+            self._durable = step
+        else:
+            pending = self._saver.save(state, step, epoch, metrics=metrics)
+            self._pending = (step, pending) if pending else None
+        self._seconds += time.monotonic() - began
+
+    @property
+    def durable(self) -> int | None:
+        """The step of the newest save that is known to be durable; None before the first."""
+        if self._pending is not None and self._pending[1].done:
+            self._durable, self._pending = self._pending[0], None
+        return self._durable
+
+    @property
+    def seconds(self) -> float:
+        """How long training has waited so far: in `save`, and in steps that came before the copies were made."""
+        return self._seconds + (self._saver.seconds_waited if self._saver is not None else 0.0)
