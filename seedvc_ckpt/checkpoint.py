@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime
+from functools import lru_cache
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -102,11 +103,12 @@ class Manifest(BaseModel):
         return manifest
 
 
+@lru_cache
 def library_version() -> str:
-    """The installed version of this library."""
+    """The installed version of this library; "unknown" where it is not installed, or that can't be read."""
     from importlib.metadata import PackageNotFoundError, version  # slow to import, and listing has no use for it
 
     try:
         return version("seedvc-ckpt")
-    except PackageNotFoundError:
+    except (PackageNotFoundError, OSError):
         return "unknown"

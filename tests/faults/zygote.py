@@ -22,6 +22,7 @@ class Child:
 
     def __init__(self, act: Callable[[], object]) -> None:
         ready, go = os.pipe()
+        begun, begins = os.pipe()
         sys.stdout.flush()
         sys.stderr.flush()
         with warnings.catch_warnings():
@@ -31,8 +32,10 @@ class Child:
             code = 70
             try:
                 os.close(go)
+                os.close(begun)
                 os.setpgid(0, 0)
                 torch.set_num_threads(1)
+                os.close(begins)
                 if os.read(ready, 1):
                     act()
                     code = 0
@@ -42,6 +45,9 @@ class Child:
                 sys.stderr.flush()
                 os._exit(code)
         os.close(ready)
+        os.close(begins)
+        os.read(begun, 1)  # ends when the child has come to its own waiting: from here on each of its calls is `act`'s
+        os.close(begun)
         self._go = go
 
     def go(self) -> Child:
