@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from seedvc_train.config import Config
+from seedvc_train.dataset import Batch
 from seedvc_train.model import build_model
 from seedvc_train.state import TrainingState
 
-__all__ = ["PRESETS", "preset", "stacked"]
+__all__ = ["PRESETS", "preset", "random_batch", "stacked"]
 
 _FILE = Path(__file__).parent.parent / "tests" / "data" / "presets.json"
 PRESETS = {
@@ -23,11 +24,15 @@ PRESETS = {
 }
 
 
-def preset(name: str) -> TrainingState:
-    """The training state of a preset; 103 million parameters for ``whisper_small_wavenet``."""
+def preset(name: str, *, moments: bool = True) -> TrainingState:
+    """The training state of a preset, after one step or (without moments) before any.
+
+    ``whisper_small_wavenet`` has 103 million parameters.
+    """
     config = Config.model_validate(json.loads(_FILE.read_text())[PRESETS[name]])
     state = TrainingState.fresh(build_model(config.model_params), 1e-5)
-    _make_moments(state.optimizers.values())
+    if moments:
+        _make_moments(state.optimizers.values())
     return state
 
 
@@ -48,3 +53,11 @@ def stacked(millions: int) -> tuple[nn.Module, torch.optim.Optimizer]:
     optimizer = torch.optim.AdamW(model.parameters())
     _make_moments([optimizer])
     return model, optimizer
+
+
+def random_batch(frames: int = 120, seconds: float = 2.0) -> Batch:
+    """One clip of noise, shaped for ``whisper_small_wavenet``."""
+    content = torch.randn(1, round(50 * seconds), 768)
+    lens = torch.tensor([frames])
+    return Batch(torch.randn(1, 80, frames), lens, content, content.roll(1), torch.tensor([content.shape[1]]),
+                 torch.randn(1, 192), None)  # fmt: skip

@@ -358,7 +358,8 @@ def _give_name(temporary: str, path: str, *, overwrite: bool) -> None:
     try:
         os.link(temporary, path)
     except FileExistsError:
-        if not os.path.samestat(os.lstat(temporary), os.lstat(path)):  # a network file system may repeat a link whose answer was lost
+        # a network file system may repeat a link whose answer was lost
+        if not os.path.samestat(os.lstat(temporary), os.lstat(path)):
             raise
     except OSError as error:
         if error.errno not in _NO_HARD_LINKS:

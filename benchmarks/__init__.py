@@ -1,0 +1,1 @@
+"""Benchmarks against other ways of saving; see `python -m benchmarks --help`."""
