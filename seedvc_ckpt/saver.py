@@ -168,13 +168,15 @@ class AsyncSaver:
         """The copies that can wait for each optimizer's next step, and those that can't."""
         from seedvc_ckpt.format.staging import memory_changed_by
 
-        changed = {key: memory_changed_by(optimizer) for key, (optimizer, _) in self._guarded.items()}
-        later: dict[int, list[Copy]] = {key: [] for key in changed}
+        guarded: dict[int, tuple[int, int]] = {}
+        for key, (optimizer, _) in self._guarded.items():
+            guarded |= {begin: (end, key) for begin, end in memory_changed_by(optimizer).items()}
+        later: dict[int, list[Copy]] = {key: [] for key in self._guarded}
         at_once: list[Copy] = []
         for copy in copies:
-            begin, size = copy.source.memory or 0, copy.source.nbytes
-            owner = next((key for key, spans in changed.items() if spans.get(begin, -1) >= begin + size), None)
-            (at_once if owner is None else later[owner]).append(copy)
+            begin = copy.source.memory or 0
+            end, key = guarded.get(begin, (-1, 0))
+            (later[key] if begin + copy.source.nbytes <= end else at_once).append(copy)
         return later, at_once
 
     def _await_copies_of(self, optimizer: torch.optim.Optimizer) -> None:

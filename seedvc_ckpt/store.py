@@ -294,7 +294,7 @@ class CheckpointStore:
             self._plan([*others, coming], {coming: manifest.metrics})
         from seedvc_ckpt.format import torchzip  # torch takes more than a second to import
 
-        encoded = torchzip.encode(state, manifest, check_later=in_background)
+        encoded = torchzip.encode(state, manifest, moves_on=in_background)
         prepared = PreparedSave(self, name, step, encoded, overwrite)
         if in_background:
             self._prepare_to_write(prepared)

@@ -6,6 +6,7 @@ import ctypes
 import mmap
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -35,7 +36,7 @@ _PLAIN = (type(None), bool, int, float, str)
 _SPARED = 64 << 10  # gaps that a strided view may carry along before it is packed, bytes
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class RecordSource:
     """A record to be written.
 
@@ -117,9 +118,8 @@ def lay_out(tensors: Iterable[torch.Tensor]) -> tuple[dict[int, TensorRef], list
     placed: dict[int, tuple[Storage, int]] = {}
     for original, tensor in plain.items():
         extent = extents[id(tensor)]
-        alone = len(extent.members) == 1
-        gaps = extent.end - extent.start - tensor.numel() * tensor.element_size()
-        if alone and (gaps > max(_SPARED, tensor.numel() * tensor.element_size()) or not tensor.numel()):
+        alone, nbytes = len(extent.members) == 1, tensor.nbytes
+        if alone and (extent.end - extent.start - nbytes > max(_SPARED, nbytes) or not nbytes):
             storage, record = _packed_record(tensor, next(keys))
             records.append(record)
             refs[original] = _ref(tensor, storage, 0, torch.empty(tensor.shape, device="meta").stride())
@@ -213,7 +213,7 @@ def _ref(tensor: torch.Tensor, storage: Storage, offset: int, stride: tuple[int,
         tuple(tensor.shape),
         tuple(stride),
         requires_grad=tensor.requires_grad,
-        parameter=isinstance(tensor, torch.nn.Parameter),
+        parameter=type(tensor) is torch.nn.Parameter,
     )
 
 
@@ -229,24 +229,26 @@ def _packed_record(tensor: torch.Tensor, key: str) -> tuple[Storage, RecordSourc
 
 def _shared_record(extent: _Extent, key: str) -> tuple[Storage, RecordSource, int]:
     first = extent.members[0]
-    base = first.untyped_storage().data_ptr()
     dtypes = {dtype_name(member) for member in extent.members}
-    # elements of every type must begin at multiples of their size
-    start = base + (extent.start - base) // 16 * 16 if len(dtypes) > 1 else extent.start
-    storage = typed_storage(key, dtypes, extent.end - start)
+    base, start = 0, extent.start
+    if len(dtypes) > 1 or not first.is_cpu:
+        base = first.untyped_storage().data_ptr()
+    if len(dtypes) > 1:  # elements of every type must begin at multiples of their size
+        start = base + (extent.start - base) // 16 * 16
+    nbytes = extent.end - start
+    storage = typed_storage(key, dtypes, nbytes)
+    if first.is_cpu:
+        return storage, RecordSource(f"data/{key}", nbytes, partial(_memory, first, start, nbytes), start), start
 
     def on_device() -> torch.Tensor:
         flat = torch.empty(0, dtype=torch.uint8, device=first.device)
-        return flat.set_(first.untyped_storage(), start - base, (storage.nbytes,), (1,))
+        return flat.set_(first.untyped_storage(), start - base, (nbytes,), (1,))
 
     def read() -> memoryview:
-        if first.device.type == "cpu":
-            return _memory(first, start, storage.nbytes)
         copied = on_device().cpu()
-        return _memory(copied, copied.data_ptr(), storage.nbytes)
+        return _memory(copied, copied.data_ptr(), nbytes)
 
-    elsewhere = None if first.device.type == "cpu" else on_device
-    return storage, RecordSource(f"data/{key}", storage.nbytes, read, start, elsewhere), start
+    return storage, RecordSource(f"data/{key}", nbytes, read, start, on_device), start
 
 
 def typed_storage(key: str, dtypes: set[str], nbytes: int) -> Storage:
@@ -257,18 +259,19 @@ def typed_storage(key: str, dtypes: set[str], nbytes: int) -> Storage:
 
 
 def _refuse_unusual(tensor: torch.Tensor, path: Path) -> None:
-    place = path_text(path)
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
         if type(tensor).__name__ == "DTensor":
             hint = "a DTensor: save what tensor.full_tensor() gives, from rank 0"
         else:
             hint = f"a {type(tensor).__name__}, not a plain tensor: convert it first"
-        raise UnsafeCheckpointError(f"{place} can't be saved: it is {hint}")
+        raise UnsafeCheckpointError(f"{path_text(path)} can't be saved: it is {hint}")
     if tensor.device.type == "meta":
-        raise UnsafeCheckpointError(f"{place} can't be saved: it is on the meta device and has no data")
+        raise UnsafeCheckpointError(f"{path_text(path)} can't be saved: it is on the meta device and has no data")
     if tensor.layout is not torch.strided or tensor.is_quantized or dtype_name(tensor) not in ITEM_SIZES:
         what = f"{tensor.layout}, {tensor.dtype}"
-        raise UnsafeCheckpointError(f"{place} can't be saved: {what}. Save the dense tensors it is made of")
+        raise UnsafeCheckpointError(f"{path_text(path)} can't be saved: {what}. Save the dense tensors it is made of")
     if vars(tensor):
         names = ", ".join(vars(tensor))
-        raise UnsafeCheckpointError(f"{place} has Python attributes ({names}) that would be lost: save its detach()")
+        raise UnsafeCheckpointError(
+            f"{path_text(path)} has Python attributes ({names}) that would be lost: save its detach()"
+        )

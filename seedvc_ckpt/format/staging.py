@@ -19,21 +19,27 @@ __all__ = ["Copy", "StagingBuffer", "make_copies", "memory_changed_by", "moment_
 _ALIGNMENT = 64  # bytes
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Copy:
     """A record's bytes that are to be copied, and where to.
 
     Attributes:
         source: Where they are now.
-        place: As many bytes of a buffer.
+        buffer: Where they go.
+        offset: To which place there.
     """
 
     source: RecordSource
-    place: torch.Tensor
+    buffer: torch.Tensor
+    offset: int
+
+    def place(self) -> torch.Tensor:
+        """As many bytes of the buffer."""
+        return self.buffer[self.offset : self.offset + self.source.nbytes]
 
     def content(self) -> memoryview:
         """The copied bytes."""
-        return memory_of(self.place.untyped_storage())[self.place.storage_offset() :][: self.source.nbytes]
+        return memory_of(self.buffer.untyped_storage())[self.offset :][: self.source.nbytes]
 
 
 class StagingBuffer:
@@ -60,7 +66,7 @@ class StagingBuffer:
             if record.memory is None:
                 staged.append(record)
                 continue
-            copy = Copy(record, self._memory[offset : offset + record.nbytes])
+            copy = Copy(record, self._memory, offset)
             copies.append(copy)
             staged.append(RecordSource(record.name, record.nbytes, copy.content))
             offset += _aligned(record.nbytes)
@@ -93,7 +99,7 @@ def make_copies(copies: Iterable[Copy], moment: Any = None) -> None:
             content = copy.source.read()
             if content:
                 begin = (ctypes.c_char * len(content)).from_buffer(content)
-                ctypes.memmove(copy.place.data_ptr(), begin, len(content))
+                ctypes.memmove(copy.buffer.data_ptr() + copy.offset, begin, len(content))
             continue
         # not run by the tests, which have no such device
         source = copy.source.on_device()
@@ -102,7 +108,7 @@ def make_copies(copies: Iterable[Copy], moment: Any = None) -> None:
             if moment is not None:
                 stream.wait_event(moment)
         with torch.cuda.stream(stream) if source.is_cuda else nullcontext():
-            copy.place.copy_(source, non_blocking=source.is_cuda)
+            copy.place().copy_(source, non_blocking=source.is_cuda)
     if stream is not None:
         stream.synchronize()
 

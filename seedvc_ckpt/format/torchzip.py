@@ -8,7 +8,7 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -35,7 +35,6 @@ class Encoded:
     """A checkpoint file, ready to be written: iterating gives its bytes in order, once.
 
     Attributes:
-        size: Bytes of the file.
         manifest: The manifest inside.
         records: What is in it.
     """
@@ -46,20 +45,23 @@ class Encoded:
         self.manifest = manifest
         self.records = records
         self.check = check
+
+    @cached_property
+    def size(self) -> int:
+        """Bytes of the file."""
         offset = 0
         placed = []
-        for record in records:
+        for record in self.records:
             name = f"{ROOT}/{record.name}"
             placed.append(Record(name, record.nbytes, 0, offset))
             offset += zb.local_header_size(name, record.nbytes, offset) + record.nbytes
-        self.size = offset + len(zb.directory_bytes(placed, offset))
+        return offset + len(zb.directory_bytes(placed, offset))
 
     def with_records(self, records: Sequence[RecordSource]) -> Encoded:
         """The same file, its records' bytes read from elsewhere."""
         return Encoded(records, self.manifest, self.check)
 
     def __iter__(self) -> Iterator[memoryview]:
-        self.check()
         chunks = _in_large_chunks(self._chunks())
         return ahead(chunks) if self.size >= _WORTH_A_THREAD else chunks
 
@@ -74,6 +76,7 @@ class Encoded:
             yield content
             offset += len(header) + len(content)
             written.append(record)
+        self.check()  # here it costs no time: the records are still being written
         yield memoryview(zb.directory_bytes(written, offset))
 
 
@@ -92,13 +95,15 @@ def _in_large_chunks(chunks: Iterable[memoryview]) -> Iterator[memoryview]:
         yield memoryview(joined)
 
 
-def encode(state: Any, manifest: Manifest, *, check_later: bool = False) -> Encoded:
+def encode(state: Any, manifest: Manifest, *, moves_on: bool = False) -> Encoded:
     """A state as a file. Tensors are read when the result is iterated, and must not change until then.
+
+    What is obviously plain besides them is read back with a reader's eyes only when the result is iterated.
 
     Args:
         state: What to save.
         manifest: What the file says of itself.
-        check_later: Where the state is obviously plain, read the pickle back only when the result is iterated.
+        moves_on: Whether all else may change until then; such a failure can't name the path to its cause.
 
     Raises:
         UnsafeCheckpointError: for a state that could not be loaded again, naming the path to the part at fault.
@@ -106,10 +111,11 @@ def encode(state: Any, manifest: Manifest, *, check_later: bool = False) -> Enco
     tensors, plain = collect_tensors(state)
     refs, records = lay_out(tensors)
     manifest = manifest.model_copy(update={"torch": torch.__version__})
-    if plain and check_later:
-        data = _pickled(state, refs)
-        return _encoded(data, len(refs), records, manifest, lambda: _check(data))
-    return _encoded(_checked_pickle(state, refs), len(refs), records, manifest)
+    if not plain:
+        return _encoded(_checked_pickle(state, refs), len(refs), records, manifest)
+    data = _pickled(state, refs)
+    check = partial(_check, data) if moves_on else partial(_check_and_name, data, state, refs)
+    return _encoded(data, len(refs), records, manifest, check)
 
 
 def encode_tree(tree: Any, records: list[RecordSource], manifest: Manifest) -> Encoded:
@@ -265,13 +271,24 @@ def _checked_pickle(state: Any, refs: Mapping[int, TensorRef]) -> bytes:
     try:
         return _pickle_and_read(state, refs)
     except Exception as error:  # noqa: BLE001 - whatever a foreign object's own pickling raises
-        path, value = _culprit(state, refs)
-        reason = str(error) if isinstance(error, UnsafeCheckpointError) else f"{type(error).__name__}: {error}"
-        raise UnsafeCheckpointError(
-            f"{path_text(path)} ({type(value).__module__}.{type(value).__qualname__}) can't be saved, since it could "
-            f"not be loaded again: {reason.partition(': ')[2].partition('. Nothing')[0] or reason}. Convert it to "
-            "numbers, strings, lists, dicts or tensors"
-        ) from None
+        raise _unloadable(error, state, refs) from None
+
+
+def _check_and_name(data: bytes, state: Any, refs: Mapping[int, TensorRef]) -> None:
+    try:
+        _check(data)
+    except UnsafeCheckpointError as error:
+        raise _unloadable(error, state, refs) from None
+
+
+def _unloadable(error: Exception, state: Any, refs: Mapping[int, TensorRef]) -> UnsafeCheckpointError:
+    path, value = _culprit(state, refs)
+    reason = str(error) if isinstance(error, UnsafeCheckpointError) else f"{type(error).__name__}: {error}"
+    return UnsafeCheckpointError(
+        f"{path_text(path)} ({type(value).__module__}.{type(value).__qualname__}) can't be saved, since it could "
+        f"not be loaded again: {reason.partition(': ')[2].partition('. Nothing')[0] or reason}. Convert it to "
+        "numbers, strings, lists, dicts or tensors"
+    )
 
 
 def _pickle_and_read(state: Any, refs: Mapping[int, TensorRef]) -> bytes:
