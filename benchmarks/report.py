@@ -1,0 +1,170 @@
+"""The tables and charts of docs/benchmarks, from the JSON of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+__all__ = ["goals", "write_charts", "write_page"]
+
+Results = dict[str, Any]
+_OURS = "#0b6e4f"
+_OTHERS = "#9aa5b1"
+
+
+def goals(found: Results) -> list[tuple[str, float, float]]:
+    """What was to be reached: words, ratio, the most that it was to be."""
+    answer = []
+    if saving := found.get("saving"):
+        theirs, limit = saving["torch.save + fsync"], saving["plain write + fsync (the limit)"]
+        ours, background = saving["seedvc-ckpt"], saving["seedvc-ckpt AsyncSaver"]
+        answer += [
+            ("stall of a background save ÷ torch.save + fsync", background["stall"] / theirs["stall"], 0.02),
+            ("durable ÷ plain write + fsync", ours["durable"] / limit["durable"], 1.05),
+            ("durable ÷ torch.save + fsync", ours["durable"] / theirs["durable"], 0.8),
+            ("memory of a background save ÷ state", background["memory"] / background["bytes"], 1.0),
+            ("memory of a save ÷ 64 MB", ours["memory"] / (64 << 20), 1.0),
+        ]
+    if reading := found.get("reading"):
+        resume, export = reading["resuming"], reading["exporting"]
+        answer += [
+            ("resume ÷ (CRC-32 on all cores + copying)", resume["resume"] / resume["limit"], 1.2),
+            ("resume ÷ torch.load + load_state_dict", resume["resume"] / resume["torch"], 1.0),
+            ("export ÷ cp + fsync", export["export"] / export["cp"], 1.2),
+            ("memory of an export ÷ 64 MB", export["memory"] / (64 << 20), 1.0),
+            ("seconds to inspect 2.4 GB ÷ 0.05", reading["looking"]["inspect"] / 0.05, 1.0),
+        ]
+    if names := found.get("names"):
+        answer.append(("ls of 10,000 ÷ (imports + scandir)", names["10000"]["ls"] / names["10000"]["limit"], 2.0))
+    return answer
+
+
+def write_page(found: Results, folder: Path) -> str:
+    """Write README.md and return it."""
+    machine = found["machine"]
+    versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
+    parts = [
+        "# Benchmarks",
+        f"Made by `python -m benchmarks` on {machine['date']}: {machine['system']}, {machine['processor']}, "
+        f"{machine['cores']} cores, {machine['memory']}; {versions}. Shared machines are noisy: what counts is the ratio "
+        "of two rows of one run. All numbers are in [results.json](results.json).",
+        _saving(found),
+        _goals(found),
+        _sizes(found),
+        _training(found),
+        _names(found),
+        (folder / "notes.md").read_text().strip() if (folder / "notes.md").exists() else "",
+    ]
+    page = "\n\n".join(filter(None, parts)) + "\n"
+    (folder / "README.md").write_text(page)
+    return page
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def _saving(found: Results) -> str:
+    saving = found.get("saving")
+    if not saving:
+        return ""
+    rows = [
+        [label, f"{row['stall']:.3f}", f"{row['delay']:.2f}", f"{row['durable']:.2f}", f"{row['memory'] / 1e9:.2f}"]
+        for label, row in saving.items()
+    ]
+    state = next(iter(saving.values()))
+    return (
+        "## A save of 103 million parameters with AdamW\n\n"
+        f"{state['bytes'] / 1e9:.2f} GB in about 1,100 tensors, in a loop of real training steps of "
+        f"{state['step']:.2f} s each. *Stalls*: the call, and what the next step waits for. *Delays*: by how much "
+        "training is later in all, the stall and the slower steps while the save is in flight. *Durable*: after the "
+        "call, with nothing else running. Seconds, medians.\n\n"
+        + _table(["", "training stalls", "training is later by", "durable after", "extra memory, GB"], rows)
+        + "\n\n![Stalls, delays and durability](saving.png)"
+    )
+
+
+def _goals(found: Results) -> str:
+    rows = [
+        [what, f"{ratio:.3f}", f"≤ {most:g}", "yes" if ratio <= most else "no"] for what, ratio, most in goals(found)
+    ]
+    return "## What was to be reached\n\n" + _table(["", "measured", "goal", "reached"], rows) if rows else ""
+
+
+def _sizes(found: Results) -> str:
+    sizes = found.get("sizes")
+    if not sizes:
+        return ""
+    columns = list(next(iter(sizes.values())))
+    rows = []
+    for name, row in sizes.items():
+        rows.append([name, *(_seconds(row[column], "durable") for column in columns)])
+        if name == "OursInBackground":
+            rows.append([f"{name}: the call", *(_seconds(row[column], "call") for column in columns)])
+    head = ["durable after, seconds", *(f"{column} M" for column in columns)]
+    return "## Against the size of the state\n\n" + _table(head, rows) + "\n\n![Size](sizes.png)"
+
+
+def _seconds(row: dict[str, float] | None, what: str) -> str:
+    return "–" if row is None else f"{row[what]:.3f}"
+
+
+def _training(found: Results) -> str:
+    training = found.get("training")
+    if not training:
+        return ""
+    alone = training["no saves"]
+    rows = [[name, f"{seconds:.1f}", f"{seconds / alone:.2f}"] for name, seconds in training.items()]
+    return "## Saves in a run\n\n300 steps of a 6 M parameter model.\n\n" + _table(["", "seconds", "÷ no saves"], rows)
+
+
+def _names(found: Results) -> str:
+    names = found.get("names")
+    if not names:
+        return ""
+    rows = [
+        [f"{int(number):,}", *(f"{row[what] * 1000:,.1f}" for what in ("ls", "limit", "list", "latest"))]
+        for number, row in names.items()
+    ]
+    head = ["checkpoints", "`seedvc-ckpt ls`", "imports + scandir", "`list()`", "`latest()`"]
+    return "## Against the number of checkpoints\n\nMilliseconds.\n\n" + _table(head, rows)
+
+
+def write_charts(found: Results, folder: Path) -> None:
+    """Draw saving.png and sizes.png."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    if saving := found.get("saving"):
+        figure, axes = plt.subplots(1, 3, figsize=(11, 3.6), sharey=True)
+        labels = list(saving)[::-1]
+        colors = [_OURS if "seedvc" in label else _OTHERS for label in labels]
+        titles = {"stall": "training stalls, s", "delay": "training is later by, s", "durable": "durable after, s"}
+        for axis, (what, title) in zip(axes, titles.items(), strict=True):
+            values = [max(saving[label][what], 0.0) for label in labels]
+            bars = axis.barh(labels, values, color=colors)
+            axis.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
+            axis.set_title(title, fontsize=10)
+            axis.margins(x=0.18)
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.tick_params(labelsize=9)
+        figure.tight_layout()
+        figure.savefig(folder / "saving.png", dpi=110)
+        plt.close(figure)
+    if sizes := found.get("sizes"):
+        figure, axis = plt.subplots(figsize=(6, 3.8))
+        for name, row in sizes.items():
+            points = [(int(size), found["durable"]) for size, found in row.items() if found]
+            axis.plot(*zip(*points, strict=True), marker="o", label=f"{name}: durable")
+        calls = [(int(size), found["call"]) for size, found in sizes["OursInBackground"].items() if found]
+        axis.plot(*zip(*calls, strict=True), marker="o", color=_OURS, linestyle=":", label="OursInBackground: the call")
+        axis.set_xlabel("million parameters, with AdamW")
+        axis.set_ylabel("seconds")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(frameon=False, fontsize=8)
+        figure.tight_layout()
+        figure.savefig(folder / "sizes.png", dpi=110)
+        plt.close(figure)
