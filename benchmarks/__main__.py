@@ -42,10 +42,12 @@ def main(runs: int, folder: str | None, only: tuple[str, ...], draw_only: bool) 
                                "training": training}[what](place, runs)  # fmt: skip
                 found["machine"] = machine()
                 results.write_text(json.dumps(found, indent=1) + "\n")
-    from benchmarks.report import write_charts, write_page
+    from benchmarks.report import page, write_charts
 
     write_charts(found, OUTPUT)
-    click.echo(write_page(found, OUTPUT))
+    text = page(found, OUTPUT)
+    (OUTPUT / "README.md").write_text(text)
+    click.echo(text)
 
 
 def machine() -> dict[str, Any]:

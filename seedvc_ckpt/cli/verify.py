@@ -38,8 +38,8 @@ def command(
     else:
         files = [checkpoint_at(run_or_file, step, pattern)]
     results = []
-    for file in files:
-        error, warnings = _verify(file)
+    for number, file in enumerate(files, start=1):
+        error, warnings = _verify(file, f"{number} of {len(files)}: {file.name}" if all_ else file.name)
         results.append(
             {"name": file.name, "intact": error is None, "problem": error and str(error), "warnings": warnings}
         )
@@ -57,10 +57,10 @@ def command(
     sys.exit(0 if all(result["intact"] for result in results) else 1)
 
 
-def _verify(file: CheckpointFile) -> tuple[CheckpointError | None, Sequence[str]]:
+def _verify(file: CheckpointFile, label: str) -> tuple[CheckpointError | None, Sequence[str]]:
     try:
         found = file.storage.stat(file.name)
-        with progress_bar(found.size if found else 0, file.name) as bar:
+        with progress_bar(found.size if found else 0, label) as bar:
             return None, file.verify(bar.update)
     except CheckpointError as error:
         return error, ()

@@ -366,6 +366,26 @@ def test_the_copies_use_the_same_memory_again(run):
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("seedvc-ckpt")]
 
 
+def test_a_thousand_saves_need_no_more_memory_than_a_hundred(run):
+    """Neither memory nor threads nor open files grow with the number of saves."""
+    done = script(
+        run,
+        "from seedvc_ckpt import keep_last",
+        "store.retention = (keep_last(2),)",
+        "def used():",
+        "    pages = int(open('/proc/self/statm').read().split()[1]) * os.sysconf('SC_PAGESIZE')",
+        "    return pages, threading.active_count(), len(os.listdir('/proc/self/fd'))",
+        "state = {'w': torch.ones(30_000), 'list': [{'n': n} for n in range(100)]}",
+        "for step in range(1000):",
+        "    saver.save(state, step)",
+        "    if step in (100, 999): saver.save(state, step, overwrite=True).result(); print(*used())",
+    )
+    assert done.returncode == 0, done.stderr
+    early, late = ([int(number) for number in line.split()] for line in done.stdout.splitlines())
+    assert late[0] - early[0] < 4 << 20
+    assert late[1:] == early[1:]
+
+
 def test_no_memory_for_the_copies_is_an_error_of_the_save(run, state, monkeypatch):
     """The caller is told what is needed and what to use instead; nothing is written."""
     empty = torch.empty
@@ -397,7 +417,7 @@ def script(run, *lines):
         state = {{"w": torch.ones(4_000_000), "iters": 1}}
         """
     ) + "\n".join(lines)
-    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60)
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=300)
 
 
 def test_the_interpreters_exit_finishes_a_save(run):
