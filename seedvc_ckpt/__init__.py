@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from seedvc_ckpt.checkpoint import CheckpointInfo, Manifest
+    from seedvc_ckpt.checkpoint import CheckpointInfo
     from seedvc_ckpt.errors import (
         CheckpointError,
         CheckpointExistsError,
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         StorageError,
         UnsafeCheckpointError,
     )
+    from seedvc_ckpt.manifest import Manifest
     from seedvc_ckpt.naming import SEED_VC, NamePattern
     from seedvc_ckpt.retention import Plan, keep_best, keep_every, keep_last, keep_within
     from seedvc_ckpt.saver import AsyncSaver
@@ -57,7 +58,8 @@ __all__ = [
 ]
 
 _HOMES = {
-    "checkpoint": ["CheckpointInfo", "Manifest"],
+    "checkpoint": ["CheckpointInfo"],
+    "manifest": ["Manifest"],
     "naming": ["SEED_VC", "NamePattern"],
     "retention": ["Plan", "keep_best", "keep_every", "keep_last", "keep_within"],
     "saver": ["AsyncSaver"],

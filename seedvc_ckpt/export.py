@@ -6,11 +6,11 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from seedvc_ckpt.checkpoint import Manifest, library_version
 from seedvc_ckpt.errors import CheckpointExistsError, ExportError
 from seedvc_ckpt.file import CheckpointFile, run_name
 from seedvc_ckpt.format import contents
 from seedvc_ckpt.format.contents import TensorRef
+from seedvc_ckpt.manifest import Manifest, library_version
 from seedvc_ckpt.storage import open_parent
 
 if TYPE_CHECKING:

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from seedvc_ckpt.checkpoint import Manifest
 from seedvc_ckpt.errors import CorruptCheckpointError, PatternError
 from seedvc_ckpt.format import contents
 from seedvc_ckpt.format.archive import Archive
@@ -20,6 +19,7 @@ from seedvc_ckpt.storage import Storage, open_parent
 if TYPE_CHECKING:
     import torch
 
+    from seedvc_ckpt.manifest import Manifest
     from seedvc_ckpt.naming import NamePattern
 
 __all__ = ["CheckpointFile", "Inspection", "run_name"]

@@ -6,8 +6,10 @@ import logging
 import os
 import threading
 import time
+import traceback
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, SupportsFloat, SupportsIndex
 
@@ -58,7 +60,7 @@ class AsyncSaver:
         self._process = os.getpid()
         self._told = _Told()
         self._pending: PendingSave | None = None
-        self._finish = weakref.finalize(self, self._told.log_rest)
+        self._finish = weakref.finalize(self, self._told.abandon)
 
     def __enter__(self) -> AsyncSaver:
         return self
@@ -123,8 +125,7 @@ class AsyncSaver:
             self._pending.wait()
             self._told.raise_rest()
         prepared = self.store.prepare(state, step, epoch, metrics=metrics, overwrite=overwrite, in_background=True)
-        self._pending = self._begin(prepared, verify=verify)
-        return self._pending
+        return self._begin(prepared, verify=verify)
 
     def close(self) -> None:
         """Finish what was begun, and free the memory. A later `save` begins anew; guards have to be set again.
@@ -151,31 +152,27 @@ class AsyncSaver:
         self._buffer = self._buffer or staging.StagingBuffer()
         records, copies = self._buffer.place(prepared.encoded.records)
         later, at_once = self._deferred(copies)
-        moment = staging.moment_on_device(copies)
-        staging.make_copies(at_once)
-        staged = PreparedSave(
-            prepared.store, prepared.name, prepared.step, prepared.encoded.with_records(records), prepared.overwrite
-        )
+        moments = staging.moments_on_devices(copies)
+        staging.make_copies(at_once, moments)
+        staged = replace(prepared, encoded=prepared.encoded.with_records(records))
 
         def copy(of_optimizer: int) -> None:
-            staging.make_copies(later[of_optimizer], moment)
+            staging.make_copies(later[of_optimizer], moments)
 
-        pending = PendingSave(staged.name, list(later), copy, lambda: staged.write(verify=verify), self._told)
-        pending.start()
-        return pending
+        self._pending = PendingSave(staged.name, list(later), copy, lambda: staged.write(verify=verify), self._told)
+        self._pending.start()
+        return self._pending
 
     def _deferred(self, copies: Sequence[Copy]) -> tuple[dict[int, list[Copy]], list[Copy]]:
         """The copies that can wait for each optimizer's next step, and those that can't."""
-        from seedvc_ckpt.format.staging import memory_changed_by
+        from seedvc_ckpt.format.staging import spans_changed_by
 
-        guarded: dict[int, tuple[int, int]] = {}
-        for key, (optimizer, _) in self._guarded.items():
-            guarded |= {begin: (end, key) for begin, end in memory_changed_by(optimizer).items()}
+        spans = spans_changed_by({key: optimizer for key, (optimizer, _) in self._guarded.items()})
         later: dict[int, list[Copy]] = {key: [] for key in self._guarded}
         at_once: list[Copy] = []
         for copy in copies:
             begin = copy.source.memory or 0
-            end, key = guarded.get(begin, (-1, 0))
+            end, key = spans.get(begin, (-1, 0))
             (later[key] if begin + copy.source.nbytes <= end else at_once).append(copy)
         return later, at_once
 
@@ -209,11 +206,13 @@ class PendingSave:
         told: _Told,
     ) -> None:
         self.name = name
-        self._work: tuple[Callable[[int], object], Callable[[], CheckpointInfo]] | None = (copy, write)
+        self._work = [(copy, write)]
+        self._finished = False
         self._copied = {owner: threading.Event() for owner in owners}
         self._told = told
         self._info: CheckpointInfo | None = None
         self._error: BaseException | None = None
+        self._process = os.getpid()
         # not a daemon: the interpreter waits for it before it exits
         self._thread = threading.Thread(target=self._run, name=f"seedvc-ckpt save {name}", daemon=False)
 
@@ -222,7 +221,10 @@ class PendingSave:
         return f"<PendingSave {self.name}: {found}>"
 
     def start(self) -> None:
-        """Go to the background; where no thread can be started, do all of it now."""
+        """Go to the background; where no thread can be started any more, do all of it now."""
+        if not threading.main_thread().is_alive():  # the interpreter exits and waits for no further thread
+            self._run()
+            return
         try:
             self._thread.start()
         except RuntimeError:
@@ -231,20 +233,29 @@ class PendingSave:
     @property
     def done(self) -> bool:
         """Whether it is durable, or has failed."""
-        return self._work is None
+        return self._finished
+
+    @property
+    def info(self) -> CheckpointInfo | None:
+        """The checkpoint once it is durable; None before, and if it has failed."""
+        return self._info
 
     def wait_staged(self) -> None:
         """Wait until everything is copied; from then on all tensors may be changed."""
-        for event in self._copied.values():
-            event.wait()
+        for owner in self._copied:
+            self.wait_copied(owner)
 
     def wait_copied(self, owner: int) -> None:
         """Wait until what the optimizer changes is copied."""
+        self._refuse_other_process()
         if owner in self._copied:
-            self._copied[owner].wait()
+            # a thread that an interrupt kept from starting copies nothing
+            while not self._copied[owner].wait(1.0) and self._thread.is_alive():
+                pass
 
     def wait(self) -> None:
         """Wait until it is durable or has failed."""
+        self._refuse_other_process()
         if self._thread.is_alive():
             self._thread.join()
 
@@ -258,22 +269,29 @@ class PendingSave:
         if self._error is not None:
             self._told.was_told(self)
             raise self._error
-        assert self._info is not None  # noqa: S101 - one of the two is there when the thread has ended
+        if self._info is None:
+            raise CheckpointError(f"the save of {self.name} was interrupted before it began: save again")
         return self._info
 
+    def _refuse_other_process(self) -> None:
+        if self._process != os.getpid():
+            raise CheckpointError(f"the save of {self.name} goes on in the parent process: wait for it there")
+
     def _run(self) -> None:
-        copy, write = self._work  # type: ignore[misc] # it is there until this has run
+        copy, write = self._work.pop()
         try:
             for owner, copied in self._copied.items():
                 copy(owner)
                 copied.set()
+            del copy  # it holds the live state, which may go now
             self._info = write()
         except BaseException as error:  # noqa: BLE001 - told to the caller
             self._error = error
             self._told.failed(self, error)
         finally:
-            del copy, write  # they hold the state
-            self._work = None
+            del write
+            _forget_frames(self._error)  # which hold the state
+            self._finished = True
             for copied in self._copied.values():
                 copied.set()
 
@@ -283,21 +301,42 @@ class _Told:
 
     def __init__(self) -> None:
         self._rest: list[tuple[PendingSave, BaseException]] = []
+        self._guard = threading.Lock()
+        self._abandoned = False
 
     def failed(self, save: PendingSave, error: BaseException) -> None:
-        self._rest.append((save, error))
+        with self._guard:
+            self._rest.append((save, error))
+            abandoned = self._abandoned
+        if abandoned:
+            self.log_rest()
 
     def was_told(self, save: PendingSave) -> None:
-        self._rest[:] = [entry for entry in self._rest if entry[0] is not save]
+        with self._guard:
+            self._rest[:] = [entry for entry in self._rest if entry[0] is not save]
 
     def raise_rest(self) -> None:
-        if self._rest:
-            raise self._rest.pop(0)[1]
+        if told := self._next():
+            raise told[1]
 
     def log_rest(self) -> None:
-        while self._rest:
-            save, error = self._rest.pop(0)
-            _log.error("the save of %s failed: %s", save.name, error)
+        while told := self._next():
+            _log.error("the save of %s failed: %s", told[0].name, told[1])
+
+    def abandon(self) -> None:
+        """Nobody will ask any more: log what has failed, and what will."""
+        self._abandoned = True
+        self.log_rest()
+
+    def _next(self) -> tuple[PendingSave, BaseException] | None:
+        with self._guard:
+            return self._rest.pop(0) if self._rest else None
+
+
+def _forget_frames(error: BaseException | None) -> None:
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def _checked(when_busy: WhenBusy) -> WhenBusy:

@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, SupportsFloat, SupportsIndex
 
-from seedvc_ckpt.checkpoint import CheckpointInfo, Manifest, library_version
+from seedvc_ckpt.checkpoint import CheckpointInfo
 from seedvc_ckpt.errors import (
     CheckpointError,
     CheckpointExistsError,
@@ -24,7 +24,6 @@ from seedvc_ckpt.errors import (
     StaleStepError,
     StorageError,
 )
-from seedvc_ckpt.file import CheckpointFile, Inspection, run_name
 from seedvc_ckpt.naming import SEED_VC, NamePattern, ParsedName, checked_number
 from seedvc_ckpt.retention import Plan, Rule, plan
 from seedvc_ckpt.storage import Entry, Lease, Stat, Storage, open_storage
@@ -33,7 +32,9 @@ from seedvc_ckpt.storage.leftovers import Leftover
 if TYPE_CHECKING:
     import torch
 
+    from seedvc_ckpt.file import CheckpointFile, Inspection
     from seedvc_ckpt.format import torchzip
+    from seedvc_ckpt.manifest import Manifest
 
 __all__ = ["CheckpointStore", "PreparedSave", "Resumed"]
 
@@ -70,6 +71,7 @@ class PreparedSave:
         step: Of which step.
         encoded: The file; its records may be replaced by copies before it is written.
         overwrite: Whether to replace a checkpoint of this name.
+        lease: What allows it; None to take the lease when it is written.
     """
 
     store: CheckpointStore
@@ -77,6 +79,7 @@ class PreparedSave:
     step: int
     encoded: torchzip.Encoded
     overwrite: bool
+    lease: Lease | None = None
 
     def write(self, *, verify: bool = False) -> CheckpointInfo:
         """The second half of a save: write the file, and prune. Raises as `CheckpointStore.save` does."""
@@ -150,6 +153,8 @@ class CheckpointStore:
     @property
     def run_name(self) -> str:
         """The last part of the location; manifests name the run by it."""
+        from seedvc_ckpt.file import run_name
+
         return run_name(self.location)
 
     def acquire(self) -> None:
@@ -159,14 +164,7 @@ class CheckpointStore:
             LeaseHeldError: if another process is writing to the run; it names host, process and since when.
             StorageError: if the store is read-only or the folder can't be written.
         """
-        self._refuse_changes("write to it")
-        if self._lease is not None:
-            self._lease.check()
-            return
-        self._lease = self._storage.lease()
-        self._release = weakref.finalize(self, self._lease.release)
-        for leftover in self.collect_garbage():
-            _log.info("removed %s from %s: %s", leftover.name, self.location, leftover.why)
+        self._acquired()
 
     def close(self) -> None:
         """Release the lease. Reading goes on to work, and a later write takes the lease again."""
@@ -197,7 +195,9 @@ class CheckpointStore:
         Raises:
             StorageError: if the folder can't be listed.
         """
-        return [*self._seen()]
+        named, pins = self._listing()
+        found = [self._look(parsed, entry, pins) for parsed, entry in named]
+        return sorted((info for info, _ in filter(None, found)), key=_in_order)
 
     def latest(self) -> CheckpointInfo | None:
         """The checkpoint with the largest (step, epoch), or None; looks at names only."""
@@ -279,6 +279,8 @@ class CheckpointStore:
             if self._lease is None and self._storage.holder():
                 self.acquire()  # if it is another process that is ahead, that is the news
             raise
+        from seedvc_ckpt.manifest import Manifest, library_version  # pydantic is slow to import
+
         manifest = Manifest(
             run=self.run_name,
             step=step,
@@ -295,10 +297,8 @@ class CheckpointStore:
         from seedvc_ckpt.format import torchzip  # torch takes more than a second to import
 
         encoded = torchzip.encode(state, manifest, moves_on=in_background)
-        prepared = PreparedSave(self, name, step, encoded, overwrite)
-        if in_background:
-            self._prepare_to_write(prepared)
-        return prepared
+        lease = self._acquired_for(step, name, overwrite=overwrite) if in_background else None
+        return PreparedSave(self, name, step, encoded, overwrite, lease)
 
     def load(
         self,
@@ -396,8 +396,7 @@ class CheckpointStore:
         if not dry_run:
             self._refuse_changes("prune it")
             if made.remove:
-                self.acquire()
-            self._remove(made, seen)
+                self._remove(made, seen, self._acquired())
         return made
 
     def pin(self, which: SupportsIndex | CheckpointInfo) -> CheckpointInfo:
@@ -502,7 +501,7 @@ class CheckpointStore:
         """The checkpoints ascending by (step, epoch), each with what its file is at this moment."""
         named, pins = self._listing()
         found = filter(None, (self._look(parsed, entry, pins) for parsed, entry in named))
-        return dict(sorted(found, key=lambda seen: (seen[0].step, seen[0].epoch)))
+        return dict(sorted(found, key=lambda seen: _in_order(seen[0])))
 
     def _look(self, parsed: ParsedName, entry: Entry, pins: set[str]) -> tuple[CheckpointInfo, Stat] | None:
         try:
@@ -515,6 +514,8 @@ class CheckpointStore:
         return CheckpointInfo(entry.name, parsed.step, parsed.epoch, found.size, found.modified, pinned), found
 
     def _file(self, info: CheckpointInfo) -> CheckpointFile:
+        from seedvc_ckpt.file import CheckpointFile  # listing has no use for it
+
         return CheckpointFile(self._storage, info.name, self.pattern)
 
     def _find(self, which: SupportsIndex | CheckpointInfo | None) -> CheckpointInfo:
@@ -566,17 +567,31 @@ class CheckpointStore:
         with suppress(FileNotFoundError):
             self._storage.delete(f"{name}.pin")
 
-    def _prepare_to_write(self, save: PreparedSave) -> None:
+    def _acquired(self) -> Lease:
+        self._refuse_changes("write to it")
+        if self._lease is not None:
+            self._lease.check()
+            return self._lease
+        lease = self._lease = self._storage.lease()
+        self._release = weakref.finalize(self, lease.release)
+        for leftover in self.collect_garbage():
+            _log.info("removed %s from %s: %s", leftover.name, self.location, leftover.why)
+        return lease
+
+    def _acquired_for(self, step: int, name: str, *, overwrite: bool) -> Lease:
         first = self._lease is None
-        self.acquire()
+        lease = self._acquired()
         if first:  # as another writer may have left it
-            self._refuse_order(self.list(), save.step, save.name, overwrite=save.overwrite)
+            self._refuse_order(self.list(), step, name, overwrite=overwrite)
+        return lease
 
     def _write(self, save: PreparedSave, *, verify: bool) -> CheckpointInfo:
-        self._prepare_to_write(save)
+        # a lease that was released since the save was prepared is not taken again behind the caller's back
+        lease = save.lease or self._acquired_for(save.step, save.name, overwrite=save.overwrite)
+        lease.check()
         try:
             published = self._storage.publish(
-                save.name, save.encoded.size, save.encoded, overwrite=save.overwrite, before=self._check_lease
+                save.name, save.encoded.size, save.encoded, overwrite=save.overwrite, before=lease.check
             )
         except FileExistsError:
             raise CheckpointExistsError(
@@ -596,12 +611,8 @@ class CheckpointStore:
             return info
         self._intact.add(save.name)
         if self.retention:
-            self._prune_after_save()
+            self._prune_after_save(lease)
         return info
-
-    def _check_lease(self) -> None:
-        if self._lease is not None:
-            self._lease.check()
 
     def _refuse_changes(self, what: str) -> None:
         if self.read_only:
@@ -677,24 +688,27 @@ class CheckpointStore:
         in_order = {info: keep[info] for info in infos if info in keep}
         return Plan(in_order, tuple(info for info in made.remove if info not in keep))
 
-    def _prune_after_save(self) -> None:
+    def _prune_after_save(self, lease: Lease) -> None:
         """Prune; whatever goes wrong is logged, because the save itself has succeeded."""
         try:
             seen = self._seen()
-            self._remove(self._plan([*seen]), seen)
+            self._remove(self._plan([*seen]), seen, lease)
         except CheckpointError as error:
             _log.warning("not pruned: %s: %s", self.location, error)
 
-    def _remove(self, made: Plan, seen: Mapping[CheckpointInfo, Stat]) -> None:
+    def _remove(self, made: Plan, seen: Mapping[CheckpointInfo, Stat], lease: Lease) -> None:
         for info in made.remove:
             try:
                 if self._storage.stat(info.name) != seen[info]:
                     _log.warning("not pruned: %s in %s is gone or was replaced", info.name, self.location)
                 elif self._storage.stat(f"{info.name}.pin") is None:  # it may have been pinned since the plan was made
-                    self._check_lease()
+                    lease.check()
                     self._storage.delete(info.name)
             except (FileNotFoundError, StorageError) as error:
                 _log.warning("not pruned: %s in %s: %s", info.name, self.location, error)
+
+
+_in_order = attrgetter("step", "epoch")
 
 
 class _UnreadableManifestError(Exception):

@@ -58,15 +58,19 @@ class Saving:
             self._durable = step
         else:
             pending = self._saver.save(state, step, epoch, metrics=metrics)
+            self._look()  # at the one before, which it waited for
             self._pending = (step, pending) if pending else None
         self._seconds += time.monotonic() - began
 
     @property
     def durable(self) -> int | None:
         """The step of the newest save that is known to be durable; None before the first."""
-        if self._pending is not None and self._pending[1].done:
-            self._durable, self._pending = self._pending[0], None
+        self._look()
         return self._durable
+
+    def _look(self) -> None:
+        if self._pending is not None and self._pending[1].info is not None:
+            self._durable, self._pending = self._pending[0], None
 
     @property
     def seconds(self) -> float:

@@ -72,7 +72,7 @@ def readable_size(size: float) -> str:
 
 def readable_time(time: datetime) -> str:
     """Local time to the minute."""
-    return time.astimezone().replace(tzinfo=None).isoformat(" ", "minutes")
+    return time.astimezone().isoformat(" ", "minutes")[:16]
 
 
 def progress_bar(size: int, label: str) -> AbstractContextManager[Any]:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from seedvc_ckpt.errors import PatternError, StorageError
-from seedvc_ckpt.file import CheckpointFile
 from seedvc_ckpt.naming import SEED_VC, NamePattern
 from seedvc_ckpt.store import CheckpointStore
+
+if TYPE_CHECKING:
+    from seedvc_ckpt.file import CheckpointFile
 
 __all__ = ["checkpoint_at", "is_url", "pattern_option", "run_at", "step_option"]
 
@@ -67,6 +69,8 @@ def checkpoint_at(location: str, step: int | None, pattern: NamePattern) -> Chec
         raise click.UsageError("--step belongs to a RUN; a FILE is one checkpoint already")
     if not is_url(location) and not os.path.exists(location):
         raise click.UsageError(f"{_missing(location)}: it names no run's folder and no checkpoint file")
+    from seedvc_ckpt.file import CheckpointFile  # listing has no use for it
+
     file = CheckpointFile.at(location)
     if pattern.parse(file.name):
         file.pattern = pattern

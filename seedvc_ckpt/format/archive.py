@@ -9,13 +9,16 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
-from seedvc_ckpt.checkpoint import Manifest
 from seedvc_ckpt.errors import CorruptCheckpointError, UnsafeCheckpointError
 from seedvc_ckpt.format import Source
 from seedvc_ckpt.format import zipbytes as zb
 from seedvc_ckpt.format.zipbytes import Record
 from seedvc_ckpt.threads import in_parallel
+
+if TYPE_CHECKING:
+    from seedvc_ckpt.manifest import Manifest
 
 __all__ = ["MANIFEST", "MAX_MANIFEST", "MAX_PICKLE", "MAX_RECORDS", "PICKLE", "ROOT", "Archive", "read"]
 
@@ -83,6 +86,8 @@ class Archive:
         """What the file says of itself; None in files of others."""
         if not self.ours:
             return None
+        from seedvc_ckpt.manifest import Manifest  # pydantic is slow to import, and listing has no use for it
+
         return Manifest.from_json(self.content(MANIFEST, MAX_MANIFEST), self.source.name)
 
     def pickle(self) -> bytes:

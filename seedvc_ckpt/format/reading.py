@@ -34,7 +34,7 @@ class TensorReader:
                 self._archive.verify_record(record, lambda _: holds)
                 self._checked.add(record)
             self._archive.source.read_into(self._archive.data_offset(record) + start, memory_of(memory))
-        return torch.empty(0, dtype=torch.uint8).set_(memory)
+        return torch.empty(0, dtype=torch.uint8, device="cpu").set_(memory)
 
     def elements(self, ref: TensorRef, holds: str) -> torch.Tensor:
         """A tensor's elements in order, flat and dense."""

@@ -44,8 +44,9 @@ class RecordSource:
         name: Below the archive's root.
         nbytes: Its size.
         read: Gives its bytes; called once, when they are written.
-        memory: The address that they are read from then; None for bytes that nobody changes.
+        memory: The address that they are read from then, 0 if not in one piece; None for bytes that nobody changes.
         on_device: Gives its bytes as a flat uint8 tensor where they lie on another device than the CPU.
+        device: That device.
     """
 
     name: str
@@ -53,6 +54,7 @@ class RecordSource:
     read: Callable[[], memoryview]
     memory: int | None = None
     on_device: Callable[[], torch.Tensor] | None = None
+    device: torch.device | None = None
 
 
 @dataclass
@@ -145,7 +147,7 @@ def new_storage(nbytes: int) -> torch.UntypedStorage:
         CheckpointError: if there is not enough.
     """
     try:
-        storage = torch.empty(nbytes, dtype=torch.uint8).untyped_storage()
+        storage = torch.empty(nbytes, dtype=torch.uint8, device="cpu").untyped_storage()
     except RuntimeError:
         raise CheckpointError(
             f"no memory for a tensor of {nbytes:,} bytes: load with mmap=True, which reads what is used"
@@ -220,11 +222,21 @@ def _ref(tensor: torch.Tensor, storage: Storage, offset: int, stride: tuple[int,
 def _packed_record(tensor: torch.Tensor, key: str) -> tuple[Storage, RecordSource]:
     storage = typed_storage(key, {dtype_name(tensor)}, tensor.numel() * tensor.element_size())
 
-    def read() -> memoryview:
-        packed = tensor.detach().to("cpu", memory_format=torch.contiguous_format).contiguous()
-        return _memory(packed, packed.data_ptr(), storage.nbytes)
+    def dense() -> torch.Tensor:
+        return tensor.detach().contiguous().flatten().view(torch.uint8)
 
-    return storage, RecordSource(f"data/{key}", storage.nbytes, read, tensor.data_ptr())
+    return storage, _record(f"data/{key}", storage.nbytes, dense, tensor.device, 0)
+
+
+def _record(
+    name: str, nbytes: int, dense: Callable[[], torch.Tensor], device: torch.device, memory: int
+) -> RecordSource:
+    def read() -> memoryview:
+        copied = dense().cpu()
+        return _memory(copied, copied.data_ptr(), nbytes)
+
+    elsewhere = device.type != "cpu"
+    return RecordSource(name, nbytes, read, memory, dense if elsewhere else None, device if elsewhere else None)
 
 
 def _shared_record(extent: _Extent, key: str) -> tuple[Storage, RecordSource, int]:
@@ -240,15 +252,11 @@ def _shared_record(extent: _Extent, key: str) -> tuple[Storage, RecordSource, in
     if first.is_cpu:
         return storage, RecordSource(f"data/{key}", nbytes, partial(_memory, first, start, nbytes), start), start
 
-    def on_device() -> torch.Tensor:
+    def dense() -> torch.Tensor:
         flat = torch.empty(0, dtype=torch.uint8, device=first.device)
         return flat.set_(first.untyped_storage(), start - base, (nbytes,), (1,))
 
-    def read() -> memoryview:
-        copied = on_device().cpu()
-        return _memory(copied, copied.data_ptr(), nbytes)
-
-    return storage, RecordSource(f"data/{key}", nbytes, read, start, on_device), start
+    return storage, _record(f"data/{key}", nbytes, dense, first.device, start), start
 
 
 def typed_storage(key: str, dtypes: set[str], nbytes: int) -> Storage:

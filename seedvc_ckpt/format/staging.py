@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from seedvc_ckpt.errors import SaveFailedError
 from seedvc_ckpt.format.contents import children
 from seedvc_ckpt.format.records import RecordSource, advise_huge_pages, extent_of, memory_of
 
-__all__ = ["Copy", "StagingBuffer", "make_copies", "memory_changed_by", "moment_on_device"]
+__all__ = ["Copy", "StagingBuffer", "make_copies", "moments_on_devices", "spans_changed_by"]
 
 _ALIGNMENT = 64  # bytes
 
@@ -37,16 +39,12 @@ class Copy:
         """As many bytes of the buffer."""
         return self.buffer[self.offset : self.offset + self.source.nbytes]
 
-    def content(self) -> memoryview:
-        """The copied bytes."""
-        return memory_of(self.buffer.untyped_storage())[self.offset :][: self.source.nbytes]
-
 
 class StagingBuffer:
     """Memory for one state at a time. It is kept, since touching new memory is what takes time."""
 
     def __init__(self) -> None:
-        self._memory = torch.empty(0, dtype=torch.uint8)
+        self._memory = torch.empty(0, dtype=torch.uint8, device="cpu")
 
     def place(self, records: Sequence[RecordSource]) -> tuple[list[RecordSource], list[Copy]]:
         """Give a place to each record whose bytes may change.
@@ -66,18 +64,19 @@ class StagingBuffer:
             if record.memory is None:
                 staged.append(record)
                 continue
-            copy = Copy(record, self._memory, offset)
-            copies.append(copy)
-            staged.append(RecordSource(record.name, record.nbytes, copy.content))
+            copies.append(Copy(record, self._memory, offset))
+            staged.append(
+                RecordSource(record.name, record.nbytes, partial(_part_of, self._memory, offset, record.nbytes))
+            )
             offset += _aligned(record.nbytes)
         return staged, copies
 
     def _reserve(self, nbytes: int, *, pinned: bool) -> None:
         if self._memory.nbytes >= nbytes and (self._memory.is_pinned() or not pinned):
             return
-        self._memory = torch.empty(0, dtype=torch.uint8)  # the old one goes before the new one comes
+        self._memory = torch.empty(0, dtype=torch.uint8, device="cpu")  # the old one goes before the new one comes
         try:
-            self._memory = torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned)
+            self._memory = torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=pinned)
         except RuntimeError:
             raise SaveFailedError(
                 f"no memory for a copy of the state, {nbytes:,} bytes: use CheckpointStore.save, which needs none",
@@ -86,56 +85,73 @@ class StagingBuffer:
         advise_huge_pages(self._memory.data_ptr(), nbytes)
 
 
-def make_copies(copies: Iterable[Copy], moment: Any = None) -> None:
+def make_copies(copies: Iterable[Copy], moments: Mapping[torch.device, Any]) -> None:
     """Make the copies, each of as few instructions under Python's lock as there are; they are done on return.
 
     Args:
         copies: In which order.
-        moment: What CUDA copies must come after, from `moment_on_device`.
+        moments: What CUDA copies must come after, from `moments_on_devices`.
     """
-    stream: Any = None
+    streams: dict[torch.device, Any] = {}
     for copy in copies:
-        if copy.source.on_device is None:
+        device = copy.source.device
+        if device is None:
             content = copy.source.read()
             if content:
                 begin = (ctypes.c_char * len(content)).from_buffer(content)
                 ctypes.memmove(copy.buffer.data_ptr() + copy.offset, begin, len(content))
-            continue
-        # not run by the tests, which have no such device
-        source = copy.source.on_device()
-        if source.is_cuda and stream is None:
-            stream = torch.cuda.Stream(source.device)  # type: ignore[no-untyped-call]
-            if moment is not None:
-                stream.wait_event(moment)
-        with torch.cuda.stream(stream) if source.is_cuda else nullcontext():
-            copy.place().copy_(source, non_blocking=source.is_cuda)
-    if stream is not None:
+        elif copy.source.on_device is not None:  # not run by the tests, which have no such device
+            if device.type == "cuda" and device not in streams:
+                streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+                streams[device].wait_event(moments[device])
+            with torch.cuda.stream(streams[device]) if device in streams else nullcontext():
+                copy.place().copy_(copy.source.on_device(), non_blocking=device.type == "cuda")
+    for stream in streams.values():
         stream.synchronize()
 
 
-def moment_on_device(copies: Iterable[Copy]) -> Any:
-    """What the CUDA device has been told to do up to now; None where no bytes are there."""
-    # not run by the tests, which have no such device
-    return torch.cuda.current_stream().record_event() if any(_on_cuda(copy.source) for copy in copies) else None
+def moments_on_devices(copies: Iterable[Copy]) -> dict[torch.device, Any]:
+    """What each CUDA device that holds such bytes has been told to do up to now."""
+    devices = {copy.source.device for copy in copies if _on_cuda(copy.source)}
+    return {device: torch.cuda.current_stream(device).record_event() for device in devices if device is not None}
 
 
-def memory_changed_by(optimizer: torch.optim.Optimizer) -> dict[int, int]:
-    """Where in memory the tensors begin and end that the optimizer's `step` changes: its parameters and its state."""
+def spans_changed_by(optimizers: Mapping[int, torch.optim.Optimizer]) -> dict[int, tuple[int, int]]:
+    """The memory that just one of the optimizers changes in its `step`: begin -> (end, that optimizer's key).
+
+    It is that of parameters and state tensors that lie in one piece. What two optimizers change is left out.
+    """
+    spans = sorted((*span, key) for key, optimizer in optimizers.items() for span in _dense_spans(optimizer))
+    found: dict[int, tuple[int, int]] = {}
+    overlapping: list[tuple[int, int, int]] = []
+    for span in [*spans, (sys.maxsize, sys.maxsize, 0)]:
+        if overlapping and span[0] >= max(end for _, end, _ in overlapping):
+            if len({key for _, _, key in overlapping}) == 1:
+                found.update({begin: (end, key) for begin, end, key in overlapping})
+            overlapping.clear()
+        overlapping.append(span)
+    return found
+
+
+def _dense_spans(optimizer: torch.optim.Optimizer) -> Iterator[tuple[int, int]]:
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    found: dict[int, int] = {}
     pending: list[Any] = [*parameters, *optimizer.state.values()]
     while pending:
         value = pending.pop()
         if isinstance(value, torch.Tensor):
-            start, end = extent_of(value)
-            found[start] = max(end, found.get(start, end))
+            begin, end = extent_of(value)
+            if end - begin == value.nbytes:  # else another tensor may lie in the gaps
+                yield begin, end
         else:
             pending += (child for _, child in children(value))
-    return found
+
+
+def _part_of(memory: torch.Tensor, offset: int, nbytes: int) -> memoryview:
+    return memory_of(memory.untyped_storage())[offset : offset + nbytes]
 
 
 def _on_cuda(record: RecordSource) -> bool:
-    return record.on_device is not None and record.on_device().is_cuda
+    return record.device is not None and record.device.type == "cuda"
 
 
 def _aligned(nbytes: int) -> int:

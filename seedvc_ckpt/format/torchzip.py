@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from seedvc_ckpt.checkpoint import Manifest
 from seedvc_ckpt.errors import UnsafeCheckpointError
 from seedvc_ckpt.format import contents
 from seedvc_ckpt.format import zipbytes as zb
@@ -22,6 +21,7 @@ from seedvc_ckpt.format.contents import CONTAINERS, Path, TensorRef, children, p
 from seedvc_ckpt.format.records import RecordSource, collect_tensors, lay_out, memory_of, new_storage
 from seedvc_ckpt.format.unpickle import STORAGE_TYPES, Storage, unpickle
 from seedvc_ckpt.format.zipbytes import Record
+from seedvc_ckpt.manifest import Manifest
 from seedvc_ckpt.threads import ahead, in_parallel
 
 __all__ = ["Encoded", "decode", "encode", "encode_tree"]
@@ -348,7 +348,7 @@ def _mapped_reader(archive: Archive) -> _Reader:
 
 
 def _moved(storage: torch.UntypedStorage, device: torch.device) -> torch.UntypedStorage:
-    return torch.empty(0, dtype=torch.uint8).set_(storage).to(device).untyped_storage()
+    return torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage).to(device).untyped_storage()
 
 
 _Reader = Callable[[str, bool, str], torch.UntypedStorage]

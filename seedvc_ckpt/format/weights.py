@@ -9,7 +9,6 @@ from dataclasses import replace
 
 import torch
 
-from seedvc_ckpt.checkpoint import Manifest
 from seedvc_ckpt.errors import ExportError
 from seedvc_ckpt.format.archive import Archive
 from seedvc_ckpt.format.contents import TensorRef
@@ -17,6 +16,7 @@ from seedvc_ckpt.format.reading import TensorReader
 from seedvc_ckpt.format.records import RecordSource, dtype_name, memory_of, typed_storage
 from seedvc_ckpt.format.torchzip import Encoded, encode_tree
 from seedvc_ckpt.format.unpickle import ITEM_SIZES
+from seedvc_ckpt.manifest import Manifest
 
 __all__ = ["Safetensors", "as_safetensors", "as_torch_zip", "floating_dtype"]
 

@@ -43,6 +43,21 @@ _WRITE_BACK = 32 << 20  # bytes; the disk is kept busy with so much at a time
 _NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
 
 
+_written: set[int] = set()
+"""Descriptors of the files that are being written."""
+
+
+def _close_in_child() -> None:
+    # else a loader's worker keeps a pruned checkpoint's blocks, and the lock that says its writer lives
+    for descriptor in _written:
+        _close(descriptor)
+    _written.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_in_child)
+
+
 class LocalStorage:
     """Files in a folder, which is made at the first publish."""
 
@@ -166,6 +181,7 @@ class LocalStorage:
         except OSError as error:
             raise self._failed(name, error, size) from error
         published = False
+        _written.add(descriptor)
         try:
             _lock(descriptor)  # 4
             written = _write_chunks(descriptor, chunks)  # 5
@@ -191,6 +207,7 @@ class LocalStorage:
         finally:
             with suppress(OSError):  # gone when it was renamed; a leftover is in nobody's listing
                 os.unlink(temporary)
+            _written.discard(descriptor)
             _close(descriptor)
         return found
 

@@ -11,6 +11,7 @@ import textwrap
 import threading
 import time
 import warnings
+import weakref
 
 import pytest
 import states
@@ -76,10 +77,10 @@ def held(monkeypatch):
     go, copied = threading.Event(), staging.make_copies
     go.set()
 
-    def copy_when_told(copies, moment=None):
+    def copy_when_told(copies, moments):
         if threading.current_thread() is not threading.main_thread():
             assert go.wait(30)
-        copied(copies, moment)
+        copied(copies, moments)
 
     monkeypatch.setattr(staging, "make_copies", copy_when_told)
     yield go
@@ -132,10 +133,10 @@ def test_an_optimizer_waits_for_its_own_tensors_only(run, monkeypatch):
     go, copied = threading.Event(), staging.make_copies
     later = {model.weight.data_ptr() for model in models[1:]}
 
-    def hold_second(copies, moment=None):
+    def hold_second(copies, moments):
         if any(copy.source.memory in later for copy in copies):
             assert go.wait(30)
-        copied(copies, moment)
+        copied(copies, moments)
 
     monkeypatch.setattr(staging, "make_copies", hold_second)
     with AsyncSaver(CheckpointStore(run)) as saver:
@@ -192,10 +193,44 @@ def test_nested_optimizer_state_is_guarded(run, held):
         return loss
 
     optimizer.step(closure)
-    changed = staging.memory_changed_by(optimizer)
+    changed = staging.spans_changed_by({1: optimizer})
     history = optimizer.state[parameter]["old_dirs"]
     assert history
     assert {tensor.data_ptr() for tensor in history} <= set(changed)
+
+
+@pytest.mark.parametrize("second", [lambda p: p, lambda p: torch.nn.Parameter(p.data[10:])], ids=["same", "view"])
+def test_what_two_optimizers_change_is_copied_at_once(run, held, second):
+    """A parameter of two guarded optimizers is not torn by the step of either."""
+    parameter = torch.nn.Parameter(torch.ones(50))
+    other = second(parameter)
+    optimizers = [torch.optim.SGD([parameter], lr=1.0), torch.optim.SGD([other], lr=1.0)]
+    store = CheckpointStore(run)
+    with AsyncSaver(store) as saver:
+        for optimizer in optimizers:
+            saver.guard(optimizer)
+        held.clear()
+        saver.save({"p": parameter}, 1)
+        parameter.data.zero_()
+        held.set()
+    assert torch.equal(store.load()["p"], torch.ones(50))
+
+
+@pytest.mark.parametrize("saved", [lambda base: base[:, 1], lambda base: base.flatten()[::50]], ids=["gap", "packed"])
+def test_gaps_between_guarded_elements_are_not_guarded(run, held, saved):
+    """What lies between the elements of a strided parameter, or reaches beyond it, is copied at once."""
+    base = torch.ones(100, 2)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(base[:, ::2]), torch.nn.Parameter(base[:20])])
+    store = CheckpointStore(run)
+    with AsyncSaver(store) as saver:
+        saver.guard(optimizer)
+        held.clear()
+        buffer = saved(base)
+        saver.save({"buffer": buffer}, 1)
+        expected = torch.ones_like(buffer)
+        buffer.zero_()
+        held.set()
+    assert torch.equal(store.load()["buffer"], expected)
 
 
 @pytest.mark.filterwarnings("ignore:ComplexHalf")
@@ -209,7 +244,7 @@ def test_the_file_is_the_one_that_a_plain_save_writes(state):
     direct = torchzip.encode(state, Manifest(step=1))
     staged = torchzip.encode(state, Manifest(step=1), moves_on=True)
     records, copies = staging.StagingBuffer().place(staged.records)
-    staging.make_copies(copies)
+    staging.make_copies(copies, {})
     assert b"".join(staged.with_records(records)) == b"".join(direct)
 
 
@@ -314,6 +349,113 @@ def test_a_saver_that_is_dropped_logs_its_failure(failing, state, caplog):
         gc.collect()
     assert "failed" in caplog.text
     saver.close()
+
+
+def test_a_saver_that_is_dropped_first_logs_its_failure_later(run, state, caplog, monkeypatch):
+    """A save whose saver is gone before it fails is logged all the same."""
+    go = threading.Event()
+
+    def fail(_self, _save, *, verify):
+        assert go.wait(30), verify
+        raise SaveFailedError("the disk is gone")
+
+    monkeypatch.setattr(CheckpointStore, "_write", fail)
+    saver = AsyncSaver(CheckpointStore(run))
+    with caplog.at_level(logging.ERROR, "seedvc_ckpt"):
+        pending = saver.save(state(1), 1)
+        del saver
+        gc.collect()
+        assert caplog.text == ""
+        go.set()
+        pending.wait()
+    assert "failed: the disk is gone" in caplog.text
+
+
+def test_a_failed_save_lets_go_of_the_state(failing):
+    """After a failure neither the error nor what is left of the save keeps tensors alive."""
+    saver, _ = failing
+    tensor = torch.ones(1000)
+    alive = weakref.ref(tensor)
+    pending = saver.save({"w": tensor}, 1)
+    with pytest.raises(SaveFailedError):
+        pending.result()
+    saver.close()
+    del tensor
+    gc.collect()
+    assert alive() is None
+    assert pending.info is None
+
+
+def test_a_save_holds_no_live_tensor_once_it_is_copied(run, monkeypatch):
+    """While the file is written, the trainer may already let go of what it saved."""
+    go, write = threading.Event(), CheckpointStore._write
+
+    def slowly(self, save, *, verify):
+        assert go.wait(30)
+        return write(self, save, verify=verify)
+
+    monkeypatch.setattr(CheckpointStore, "_write", slowly)
+    with AsyncSaver(CheckpointStore(run)) as saver:
+        tensor = torch.ones(1000)
+        alive = weakref.ref(tensor)
+        pending = saver.save({"w": tensor}, 1)
+        del tensor
+        deadline = time.monotonic() + 10
+        while alive() is not None and time.monotonic() < deadline:
+            gc.collect()
+        assert alive() is None
+        go.set()
+        pending.result()
+
+
+def test_an_interrupt_at_the_start_is_no_deadlock(run, state, monkeypatch):
+    """Where an interrupt keeps the thread from starting, nothing waits for it, and the next save works."""
+
+    def interrupted(_thread):
+        raise KeyboardInterrupt
+
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters())
+    store = CheckpointStore(run)
+    with AsyncSaver(store) as saver:
+        saver.guard(optimizer)
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                saver.save({"net": model.state_dict()}, 1)
+        optimizer.step()
+        with pytest.raises(CheckpointError, match="interrupted before it began"):
+            saver._pending.result()
+        assert saver.save(state(2), 2).result().step == 2
+    assert [info.step for info in store.list()] == [2]
+
+
+def test_a_store_that_is_closed_meanwhile_writes_nothing_more(run, state, held):
+    """A save in flight does not publish without the lease, nor takes it again; the caller is told."""
+    store, model = CheckpointStore(run), torch.nn.Linear(2, 2)
+    with AsyncSaver(store) as saver:
+        saver.guard(torch.optim.SGD(model.parameters()))
+        held.clear()
+        pending = saver.save({"net": model.state_dict()}, 1)
+        store.close()
+        held.set()
+        with pytest.raises(LeaseHeldError, match="it was released"):
+            pending.result()
+    assert store.list() == []
+    assert store.storage.holder() == ""
+
+
+def test_a_default_device_changes_nothing(run, state):
+    """Copies are made in the CPU's memory whatever device torch makes new tensors on."""
+    store = CheckpointStore(run)
+    torch.set_default_device("meta")
+    try:
+        with AsyncSaver(store) as saver:
+            saver.save({"w": torch.ones(1000, device="cpu")}, 1).result()
+        assert store.load()["w"].device.type == "cpu"
+    finally:
+        torch.set_default_device(None)
+    assert torch.equal(store.load()["w"], torch.ones(1000))
 
 
 def test_what_only_reading_back_shows_is_told_later(run):
@@ -429,6 +571,13 @@ def test_the_interpreters_exit_finishes_a_save(run):
     store.verify()
 
 
+def test_a_save_while_the_interpreter_exits_is_finished(run):
+    """A save that an exit handler makes is written before the process ends."""
+    done = script(run, "import atexit", "atexit.register(lambda: saver.save(state, 1))")
+    assert done.returncode == 0, done.stderr
+    CheckpointStore(run).verify(1)
+
+
 def test_the_interpreters_exit_reports_a_failure(run):
     """A save that fails while the program ends is told on standard error."""
     done = script(
@@ -472,7 +621,7 @@ def test_a_forked_child_has_no_part_in_it(run, held):
     with AsyncSaver(CheckpointStore(run)) as saver:
         saver.guard(trainer.optimizer)
         held.clear()
-        saver.save(trainer.state(), 1)
+        pending = saver.save(trainer.state(), 1)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
             child = os.fork()
@@ -482,6 +631,9 @@ def test_a_forked_child_has_no_part_in_it(run, held):
                 trainer.optimizer.step()
                 with pytest.raises(CheckpointError, match="belongs to the parent process"):
                     saver.save(trainer.state(), 2)
+                for wait in (pending.wait_staged, pending.result):
+                    with pytest.raises(CheckpointError, match="in the parent process"):
+                        wait()
                 saver.close()
                 code = 0
             finally:

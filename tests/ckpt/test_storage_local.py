@@ -11,6 +11,7 @@ import stat
 import subprocess
 import sys
 import time
+import warnings
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ def publish(folder, name="a.pth", content=b"content", **options):
 
 
 def files(folder):
-    return sorted(name for name in os.listdir(folder) if name != LOCK_NAME)
+    return sorted(name for name in os.listdir(folder) if name != LOCK_NAME) if os.path.isdir(folder) else []
 
 
 # --- what publish promises ------------------------------------------------------------------------------------------
@@ -404,3 +405,24 @@ def test_only_a_scheme_and_two_slashes_make_a_url(location, tmp_path, monkeypatc
         return
     open_storage(location).publish("a", 1, [memoryview(b"a")])
     assert (tmp_path / location / "a").is_file()
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="there is no /proc")
+def test_a_forked_child_does_not_hold_the_file(run):
+    """A process forked during a save keeps neither the file's blocks nor its lock."""
+    found = []
+
+    def chunks():
+        yield memoryview(b"half")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            child = os.fork()
+        if child == 0:
+            opened = [os.path.realpath(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")]
+            os._exit(any(".tmp-" in path for path in opened))
+        found.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        yield memoryview(b"half")
+
+    LocalStorage(str(run)).publish("a.pth", 8, chunks())
+    assert found == [0]
+    assert (run / "a.pth").read_bytes() == b"halfhalf"

@@ -34,8 +34,8 @@ from seedvc_ckpt import (
     keep_last,
     keep_within,
 )
-from seedvc_ckpt.checkpoint import Manifest
 from seedvc_ckpt.format import torchzip
+from seedvc_ckpt.manifest import Manifest
 
 
 def steps(store):
