@@ -25,7 +25,7 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def ahead(items: Iterable[_T], depth: int = 4) -> Iterator[_T]:
+def ahead(items: Iterable[_T], depth: int = 2) -> Iterator[_T]:
     """The same items in the same order, made in a thread of their own up to `depth` ahead of who takes them."""
     made: SimpleQueue[Any] = SimpleQueue()
     room = threading.Semaphore(depth)

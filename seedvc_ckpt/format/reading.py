@@ -36,6 +36,10 @@ class TensorReader:
             self._archive.source.read_into(self._archive.data_offset(record) + start, memory_of(memory))
         return torch.empty(0, dtype=torch.uint8, device="cpu").set_(memory)
 
+    def crc(self, storage: Storage) -> int:
+        """The CRC-32 that a storage's record has, or is refused."""
+        return self._archive.records[f"data/{storage.key}"].crc
+
     def elements(self, ref: TensorRef, holds: str) -> torch.Tensor:
         """A tensor's elements in order, flat and dense."""
         stretch = self.stretch(ref.storage, *ref.extent, holds).view(getattr(torch, ref.dtype))

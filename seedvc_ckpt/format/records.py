@@ -47,6 +47,7 @@ class RecordSource:
         memory: The address that they are read from then, 0 if not in one piece; None for bytes that nobody changes.
         on_device: Gives its bytes as a flat uint8 tensor where they lie on another device than the CPU.
         device: That device.
+        crc: The CRC-32 of its bytes where `read` makes sure of it, else None.
     """
 
     name: str
@@ -55,6 +56,7 @@ class RecordSource:
     memory: int | None = None
     on_device: Callable[[], torch.Tensor] | None = None
     device: torch.device | None = None
+    crc: int | None = None
 
 
 @dataclass

@@ -70,7 +70,8 @@ class Encoded:
         written: list[Record] = []
         for source in self.records:
             content = source.read()
-            record = Record(f"{ROOT}/{source.name}", source.nbytes, zlib.crc32(content), offset)
+            crc = zlib.crc32(content) if source.crc is None else source.crc
+            record = Record(f"{ROOT}/{source.name}", source.nbytes, crc, offset)
             header = zb.local_header(record)
             yield memoryview(header)
             yield content
