@@ -287,6 +287,7 @@ def test_of_two_writers_of_one_step_one_wins(run):
 
 SAVER = """
 import sys, torch
+import seedvc_ckpt.format.torchzip, seedvc_ckpt.manifest, seedvc_ckpt.storage.lease
 from seedvc_ckpt import CheckpointStore, keep_last
 store = CheckpointStore(sys.argv[1], retention=keep_last(3))
 step = (store.latest().step if store.latest() else 0) + 1
