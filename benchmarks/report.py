@@ -10,6 +10,13 @@ __all__ = ["goals", "page", "write_charts"]
 Results = dict[str, Any]
 _OURS = "#0b6e4f"
 _OTHERS = "#9aa5b1"
+_LABELS = {
+    "Plain": "plain write + fsync",
+    "TorchSave": "torch.save + fsync",
+    "Ours": "seedvc-ckpt",
+    "OursInBackground": "seedvc-ckpt AsyncSaver",
+}
+_COLORS = {"Plain": "#c3ccd5", "TorchSave": "#7b8794", "Ours": "#5fb49c", "OursInBackground": _OURS}
 
 
 def goals(found: Results) -> list[tuple[str, float, float]]:
@@ -101,9 +108,9 @@ def _sizes(found: Results) -> str:
     columns = list(next(iter(sizes.values())))
     rows = []
     for name, row in sizes.items():
-        rows.append([name, *(_seconds(row[column], "durable") for column in columns)])
+        rows.append([_LABELS[name], *(_seconds(row[column], "durable") for column in columns)])
         if name == "OursInBackground":
-            rows.append([f"{name}: the call", *(_seconds(row[column], "call") for column in columns)])
+            rows.append([f"{_LABELS[name]}: the call", *(_seconds(row[column], "call") for column in columns)])
     head = ["durable after, seconds", *(f"{column} M" for column in columns)]
     return "## Against the size of the state\n\n" + _table(head, rows) + "\n\n![Size](sizes.png)"
 
@@ -117,7 +124,11 @@ def _training(found: Results) -> str:
     if not training:
         return ""
     alone = training["no saves"]
-    rows = [[name, f"{seconds:.1f}", f"{seconds / alone:.2f}"] for name, seconds in training.items()]
+    rows = []
+    for key, seconds in training.items():
+        name, _, every = key.partition(" every ")
+        what = f"{_LABELS[name]}, every {every}" if every else key
+        rows.append([what, f"{seconds:.1f}", f"{seconds / alone:.2f}"])
     return "## Saves in a run\n\n300 steps of a 6 M parameter model.\n\n" + _table(["", "seconds", "÷ no saves"], rows)
 
 
@@ -160,9 +171,11 @@ def write_charts(found: Results, folder: Path) -> None:
         figure, axis = plt.subplots(figsize=(6, 3.8))
         for name, row in sizes.items():
             points = [(int(size), found["durable"]) for size, found in row.items() if found]
-            axis.plot(*zip(*points, strict=True), marker="o", label=f"{name}: durable")
+            axis.plot(*zip(*points, strict=True), marker="o", color=_COLORS[name], label=f"{_LABELS[name]}: durable")
         calls = [(int(size), found["call"]) for size, found in sizes["OursInBackground"].items() if found]
-        axis.plot(*zip(*calls, strict=True), marker="o", color=_OURS, linestyle=":", label="OursInBackground: the call")
+        axis.plot(
+            *zip(*calls, strict=True), marker="o", color=_OURS, linestyle=":", label="seedvc-ckpt AsyncSaver: the call"
+        )
         axis.set_xlabel("million parameters, with AdamW")
         axis.set_ylabel("seconds")
         axis.spines[["top", "right"]].set_visible(False)
