@@ -1,6 +1,7 @@
 """A local folder: published whole, durable, and nobody's links followed."""
 
 import errno
+import itertools
 import multiprocessing
 import os
 import random
@@ -26,7 +27,7 @@ from seedvc_ckpt import (
     StorageError,
     keep_last,
 )
-from seedvc_ckpt.storage import open_parent, open_storage
+from seedvc_ckpt.storage import local, open_parent, open_storage
 from seedvc_ckpt.storage.lease import LOCK_NAME
 from seedvc_ckpt.storage.local import LocalStorage, temporary_name
 
@@ -427,3 +428,20 @@ def test_a_forked_child_does_not_hold_the_file(run):
     LocalStorage(str(run)).publish("a.pth", 8, chunks())
     assert found == [0]
     assert (run / "a.pth").read_bytes() == b"halfhalf"
+
+
+def test_the_disk_begins_before_the_end(run, monkeypatch):
+    """Every 32 MB the kernel is asked to write back what came since, gapless; the file is as it was given."""
+    asked, ask = [], local._begin_write_back
+
+    def noting(descriptor, start, size):
+        asked.append((start, size))
+        ask(descriptor, start, size)
+
+    monkeypatch.setattr(local, "_begin_write_back", noting)
+    chunks = [os.urandom(70 << 20), b"x", os.urandom(30 << 20)]
+    LocalStorage(str(run)).publish("a.pth", sum(map(len, chunks)), map(memoryview, chunks))
+    assert (run / "a.pth").read_bytes() == b"".join(chunks)
+    assert len(asked) == 3
+    assert all(size >= 32 << 20 for _, size in asked)
+    assert [start for start, _ in asked] == [0, *itertools.accumulate(size for _, size in asked[:-1])]
