@@ -22,6 +22,7 @@ OUTPUT = Path(__file__).parent.parent / "docs" / "benchmarks"
 SIZES = (25, 50, 100, 200, 400)
 NAMES = (10, 100, 1_000, 10_000, 100_000)
 PACKAGES = ("seedvc-ckpt", "torch", "safetensors", "lightning", "torchsnapshot")
+STEPS = 120
 COMPARED = ("Plain", "TorchSave", "Ours", "OursInBackground")
 
 
@@ -114,7 +115,7 @@ def names(place: str, runs: int) -> dict[str, Any]:
 def training(place: str, runs: int) -> dict[str, Any]:
     """A run with frequent saves."""
     del runs
-    return _run("benchmarks.scaling", "training", place, "300") or {}
+    return _run("benchmarks.scaling", "training", place, str(STEPS)) or {}
 
 
 def _run(module: str, *arguments: str) -> dict[str, float] | None:

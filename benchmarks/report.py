@@ -129,7 +129,7 @@ def _training(found: Results) -> str:
         name, _, every = key.partition(" every ")
         what = f"{_LABELS[name]}, every {every}" if every else key
         rows.append([what, f"{seconds:.1f}", f"{seconds / alone:.2f}"])
-    return "## Saves in a run\n\n300 steps of a 6 M parameter model.\n\n" + _table(["", "seconds", "÷ no saves"], rows)
+    return "## Saves in a run\n\n120 steps of a 6 M parameter model.\n\n" + _table(["", "seconds", "÷ no saves"], rows)
 
 
 def _names(found: Results) -> str:
