@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from seedvc_ckpt.errors import StorageError
 from seedvc_ckpt.storage.condition import Finding
@@ -19,8 +19,7 @@ __all__ = ["Blob", "Entry", "Stat", "Storage", "open_parent", "open_storage"]
 _URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://(?P<rest>.*)", re.DOTALL)
 
 
-@dataclass(frozen=True)
-class Stat:
+class Stat(NamedTuple):
     """What a file is at this moment.
 
     Attributes:
