@@ -296,7 +296,7 @@ class CheckpointStore:
             self._plan([*others, coming], {coming: manifest.metrics})
         from seedvc_ckpt.format import torchzip  # torch takes more than a second to import
 
-        encoded = torchzip.encode(state, manifest, moves_on=in_background)
+        encoded = torchzip.encode(state, manifest, check_later=in_background)
         lease = self._acquired_for(step, name, overwrite=overwrite) if in_background else None
         return PreparedSave(self, name, step, encoded, overwrite, lease)
 

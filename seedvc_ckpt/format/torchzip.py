@@ -96,15 +96,14 @@ def _in_large_chunks(chunks: Iterable[memoryview]) -> Iterator[memoryview]:
         yield memoryview(joined)
 
 
-def encode(state: Any, manifest: Manifest, *, moves_on: bool = False) -> Encoded:
+def encode(state: Any, manifest: Manifest, *, check_later: bool = False) -> Encoded:
     """A state as a file. Tensors are read when the result is iterated, and must not change until then.
-
-    What is obviously plain besides them is read back with a reader's eyes only when the result is iterated.
 
     Args:
         state: What to save.
         manifest: What the file says of itself.
-        moves_on: Whether all else may change until then; such a failure can't name the path to its cause.
+        check_later: Where all else is plainly plain, read the pickle back with a reader's eyes only when the result is
+            iterated; such a failure can't name the path to its cause.
 
     Raises:
         UnsafeCheckpointError: for a state that could not be loaded again, naming the path to the part at fault.
@@ -112,11 +111,10 @@ def encode(state: Any, manifest: Manifest, *, moves_on: bool = False) -> Encoded
     tensors, plain = collect_tensors(state)
     refs, records = lay_out(tensors)
     manifest = manifest.model_copy(update={"torch": torch.__version__})
-    if not plain:
-        return _encoded(_checked_pickle(state, refs), len(refs), records, manifest)
-    data = _pickled(state, refs)
-    check = partial(_check, data) if moves_on else partial(_check_and_name, data, state, refs)
-    return _encoded(data, len(refs), records, manifest, check)
+    if plain and check_later:
+        data = _pickled(state, refs)
+        return _encoded(data, len(refs), records, manifest, partial(_check, data))
+    return _encoded(_checked_pickle(state, refs), len(refs), records, manifest)
 
 
 def encode_tree(tree: Any, records: list[RecordSource], manifest: Manifest) -> Encoded:
@@ -272,24 +270,13 @@ def _checked_pickle(state: Any, refs: Mapping[int, TensorRef]) -> bytes:
     try:
         return _pickle_and_read(state, refs)
     except Exception as error:  # noqa: BLE001 - whatever a foreign object's own pickling raises
-        raise _unloadable(error, state, refs) from None
-
-
-def _check_and_name(data: bytes, state: Any, refs: Mapping[int, TensorRef]) -> None:
-    try:
-        _check(data)
-    except UnsafeCheckpointError as error:
-        raise _unloadable(error, state, refs) from None
-
-
-def _unloadable(error: Exception, state: Any, refs: Mapping[int, TensorRef]) -> UnsafeCheckpointError:
-    path, value = _culprit(state, refs)
-    reason = str(error) if isinstance(error, UnsafeCheckpointError) else f"{type(error).__name__}: {error}"
-    return UnsafeCheckpointError(
-        f"{path_text(path)} ({type(value).__module__}.{type(value).__qualname__}) can't be saved, since it could "
-        f"not be loaded again: {reason.partition(': ')[2].partition('. Nothing')[0] or reason}. Convert it to "
-        "numbers, strings, lists, dicts or tensors"
-    )
+        path, value = _culprit(state, refs)
+        reason = str(error) if isinstance(error, UnsafeCheckpointError) else f"{type(error).__name__}: {error}"
+        raise UnsafeCheckpointError(
+            f"{path_text(path)} ({type(value).__module__}.{type(value).__qualname__}) can't be saved, since it could "
+            f"not be loaded again: {reason.partition(': ')[2].partition('. Nothing')[0] or reason}. Convert it to "
+            "numbers, strings, lists, dicts or tensors"
+        ) from None
 
 
 def _pickle_and_read(state: Any, refs: Mapping[int, TensorRef]) -> bytes:

@@ -242,7 +242,7 @@ def test_the_file_is_the_one_that_a_plain_save_writes(state):
     from seedvc_ckpt.format import torchzip
 
     direct = torchzip.encode(state, Manifest(step=1))
-    staged = torchzip.encode(state, Manifest(step=1), moves_on=True)
+    staged = torchzip.encode(state, Manifest(step=1), check_later=True)
     records, copies = staging.StagingBuffer().place(staged.records)
     staging.make_copies(copies, {})
     assert b"".join(staged.with_records(records)) == b"".join(direct)

@@ -592,6 +592,16 @@ def test_the_one_resumed_from_stays_while_no_other_is_proven(location, filled, s
     assert steps(store) == [3]
 
 
+def test_a_state_that_is_refused_leaves_no_trace(location, run):
+    """A plain number that torch could not load again is refused before a folder is made or the lease is taken."""
+    store = CheckpointStore(location)
+    with pytest.raises(UnsafeCheckpointError, match="iters"):
+        store.save({"iters": 1 << 3000}, 1)
+    assert not run.exists()
+    assert store.storage.holder() == ""
+    assert store.list() == []
+
+
 @pytest.mark.parametrize("look", ["load", "verify"])
 def test_what_was_seen_to_be_damaged_counts_as_intact_no_more(run, filled, state, look):
     """A newest checkpoint that has rotted since it was saved does not cost the one that training resumed from."""
