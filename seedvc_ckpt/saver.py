@@ -60,7 +60,7 @@ class AsyncSaver:
         self._process = os.getpid()
         self._told = _Told()
         self._pending: PendingSave | None = None
-        self._finish = weakref.finalize(self, self._told.abandon)
+        weakref.finalize(self, self._told.abandon)
 
     def __enter__(self) -> AsyncSaver:
         return self

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
-from operator import attrgetter, itemgetter
+from operator import itemgetter
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, SupportsFloat, SupportsIndex
 
@@ -195,9 +195,7 @@ class CheckpointStore:
         Raises:
             StorageError: if the folder can't be listed.
         """
-        named, pins = self._listing()
-        found = [self._look(parsed, entry, pins) for parsed, entry in named]
-        return sorted((info for info, _ in filter(None, found)), key=_in_order)
+        return [info for info, _ in self._looked()]
 
     def latest(self) -> CheckpointInfo | None:
         """The checkpoint with the largest (step, epoch), or None; looks at names only."""
@@ -499,9 +497,12 @@ class CheckpointStore:
 
     def _seen(self) -> dict[CheckpointInfo, Stat]:
         """The checkpoints ascending by (step, epoch), each with what its file is at this moment."""
+        return dict(self._looked())
+
+    def _looked(self) -> Sequence[tuple[CheckpointInfo, Stat]]:
         named, pins = self._listing()
         found = filter(None, (self._look(parsed, entry, pins) for parsed, entry in named))
-        return dict(sorted(found, key=lambda seen: _in_order(seen[0])))
+        return sorted(found, key=lambda seen: (seen[0].step, seen[0].epoch))
 
     def _look(self, parsed: ParsedName, entry: Entry, pins: set[str]) -> tuple[CheckpointInfo, Stat] | None:
         try:
@@ -706,9 +707,6 @@ class CheckpointStore:
                     self._storage.delete(info.name)
             except (FileNotFoundError, StorageError) as error:
                 _log.warning("not pruned: %s in %s: %s", info.name, self.location, error)
-
-
-_in_order = attrgetter("step", "epoch")
 
 
 class _UnreadableManifestError(Exception):

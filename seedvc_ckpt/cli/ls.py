@@ -28,19 +28,18 @@ def command(run: str, pattern: NamePattern, as_json_: bool) -> None:  # noqa: FB
         click.echo(f"no checkpoints named like {pattern.template} in {store.location}")
         return
     shared = {step for step, count in Counter(info.step for info in infos).items() if count > 1}
-    marked = bool(shared) or any(info.pinned for info in infos)
     rows = [
         (
             str(info.step),
             str(info.epoch),
             readable_size(info.size),
             readable_time(info.modified),
-            "P" * info.pinned + "=" * (info.step in shared) if marked else "",
+            "P" * info.pinned + "=" * (info.step in shared),
             info.name,
         )
         for info in infos
     ]
-    if not marked:
+    if not any(row[4] for row in rows):
         columns(
             [(*row[:4], row[5]) for row in rows],
             ["step", "epoch", "size", "saved", "name"],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 import threading
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -109,13 +109,11 @@ class Archive:
         Raises:
             CorruptCheckpointError: if the bytes don't match the record's CRC-32; `holds` tells what is lost.
         """
-        start, crc = self.data_offset(name), 0
-        for done in range(0, len(buffer), _CHUNK):
-            part = buffer[done : done + _CHUNK]
-            self.source.read_into(start + done, part)
-            crc = zlib.crc32(part, crc) if verify else 0  # while the processor's cache still holds it
-        if verify and crc != self.records[name].crc:
-            raise _crc_error(self.source, name, holds)
+        if verify:
+            parts = (buffer[done : done + _CHUNK] for done in range(0, len(buffer), _CHUNK))
+            self._fill_and_check(name, parts, lambda _: holds)
+        else:
+            self.source.read_into(self.data_offset(name), buffer)
 
     def check(self, name: str, content: memoryview, holds: str = "") -> None:
         """Compare a record's contents with its CRC-32."""
@@ -168,14 +166,25 @@ class Archive:
         progress: Callable[[int], None] = lambda _: None,
     ) -> None:
         """Check one record's contents against its CRC-32, in bounded memory."""
-        record, start, crc = self.records[name], self.data_offset(name), 0
-        buffer = memoryview(bytearray(min(_CHUNK, record.size)))
-        for done in range(0, record.size, _CHUNK):
-            part = buffer[: record.size - done]
-            self.source.read_into(start + done, part)
+        size = self.records[name].size
+        buffer = memoryview(bytearray(min(_CHUNK, size)))
+        self._fill_and_check(name, (buffer[: size - done] for done in range(0, size, _CHUNK)), holds, progress)
+
+    def _fill_and_check(
+        self,
+        name: str,
+        parts: Iterable[memoryview],
+        holds: Callable[[str], str],
+        progress: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        """Read a record part by part, each into its CRC-32 while the processor's cache still holds it."""
+        at, crc = self.data_offset(name), 0
+        for part in parts:
+            self.source.read_into(at, part)
             crc = zlib.crc32(part, crc)
+            at += len(part)
             progress(len(part))
-        if crc != record.crc:
+        if crc != self.records[name].crc:
             raise _crc_error(self.source, name, holds(name))
 
     def check_layout(self) -> None:

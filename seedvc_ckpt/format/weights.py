@@ -156,10 +156,9 @@ def _dense_record(
     storage = typed_storage(key, {kind}, ref.numel * ITEM_SIZES[kind])
     stride = torch.empty(ref.shape, device="meta").stride()
     refs = [TensorRef(storage, kind, 0, ref.shape, stride) for _ in users]
-    record = RecordSource(f"data/{key}", storage.nbytes, _dense_reader(reader, name, ref, convert))
-    if kind == ref.dtype and ref.extent == (0, ref.storage.nbytes) and ref.stride == stride:
-        record.crc = reader.crc(ref.storage)
-    return record, refs
+    as_it_is = kind == ref.dtype and ref.extent == (0, ref.storage.nbytes) and ref.stride == stride
+    crc = reader.crc(ref.storage) if as_it_is else None
+    return RecordSource(f"data/{key}", storage.nbytes, _dense_reader(reader, name, ref, convert), crc=crc), refs
 
 
 def _shared_record(
@@ -205,11 +204,10 @@ def _refuse_non_finite(name: str, values: torch.Tensor, how: str, *, allowed: bo
     if allowed:
         return
     # not every type has isfinite; those without are narrower than float32
-    wide = (
-        torch.view_as_real(values) if values.is_complex() else values if values.element_size() > 1 else values.float()
-    )
+    wide = values if values.element_size() > 1 else values.float()
     # a sum is finite only if all its terms are; finding it takes a fraction of the time
-    if math.isfinite(wide.sum(dtype=torch.float64 if wide.dtype is torch.float64 else torch.float32).item()):
+    real = torch.view_as_real(wide) if wide.is_complex() else wide
+    if math.isfinite(real.sum(dtype=torch.promote_types(real.dtype, torch.float32)).item()):
         return
     bad = int((~torch.isfinite(wide)).sum())
     if bad:
