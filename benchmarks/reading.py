@@ -10,23 +10,16 @@ import sys
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from benchmarks.measure import median_of, memory_peak, sync
-from benchmarks.states import preset
+from benchmarks.states import checkpoint_of, preset
 from seedvc_ckpt import SEED_VC, CheckpointStore
 from seedvc_ckpt.format.records import collect_tensors
 from seedvc_ckpt.threads import available_cores
-from seedvc_train.state import TrainingState
 
 __all__ = ["exporting", "listing", "looking", "resuming"]
-
-
-class _Settings:
-    def to_plain(self) -> dict[str, Any]:
-        return {}
 
 
 def resuming(folder: str, runs: int) -> dict[str, float]:
@@ -38,7 +31,7 @@ def resuming(folder: str, runs: int) -> dict[str, float]:
         torch.load and load_state_dict, which check nothing.
     """
     training = preset("whisper_small_wavenet")
-    state = training.to_checkpoint(_Settings())
+    state = checkpoint_of(training)
     state.pop("seedvc_train")
     store = CheckpointStore(os.path.join(folder, "resume"))
     info = store.save(state, 1)
@@ -61,19 +54,15 @@ def resuming(folder: str, runs: int) -> dict[str, float]:
     def resume() -> None:
         found = store.resume()
         assert found is not None  # noqa: S101
-        _restore(fresh, found.state)
+        fresh.restore(found.state)
 
     def plain() -> None:
-        _restore(fresh, torch.load(theirs, weights_only=True))
+        fresh.restore(torch.load(theirs, weights_only=True))
 
     found = {"resume": median_of(runs, resume)}
     mapped_after = Path("/proc/self/maps").read_text().count(info.name)
     found |= {"limit": median_of(runs, limit), "torch": median_of(runs, plain)}
     return {**found, "still_mapped": float(mapped_after), "bytes": float(info.size)}
-
-
-def _restore(training: TrainingState, state: Any) -> None:
-    training.restore(state)
 
 
 def exporting(folder: str, runs: int) -> dict[str, float]:
@@ -82,7 +71,7 @@ def exporting(folder: str, runs: int) -> dict[str, float]:
     Returns:
         ``export``, ``cp`` of a file of the export's size with a sync after it, ``memory`` bytes, ``bytes`` exported.
     """
-    state = preset("whisper_base_f0_44k").to_checkpoint(_Settings())
+    state = checkpoint_of(preset("whisper_base_f0_44k"))
     store = CheckpointStore(os.path.join(folder, "export"))
     store.save(state, 1)
     del state

@@ -13,7 +13,8 @@ import torch
 
 from benchmarks.contenders import CONTENDERS, Contender
 from benchmarks.measure import memory_peak
-from benchmarks.states import preset, random_batch
+from benchmarks.states import checkpoint_of, preset, random_batch
+from seedvc_ckpt.format.records import collect_tensors
 from seedvc_train.loop import training_loss
 from seedvc_train.state import TrainingState
 
@@ -31,14 +32,14 @@ def measure(contender: type[Contender], folder: str, *, model: str, runs: int, t
     torch.manual_seed(0)
     training = preset(model)
     saver = contender(folder, training.optimizers.values())
-    state = training.to_checkpoint(_Settings())
+    state = checkpoint_of(training)
     with memory_peak() as peak:
         saver.begin(state)()
     saver.tidy()
     calls, durables = [], []
     for _ in range(runs):
         began = time.perf_counter()
-        finish = saver.begin(training.to_checkpoint(_Settings()))
+        finish = saver.begin(checkpoint_of(training))
         calls.append(time.perf_counter() - began)
         finish()
         durables.append(time.perf_counter() - began)
@@ -47,26 +48,12 @@ def measure(contender: type[Contender], folder: str, *, model: str, runs: int, t
         "call": statistics.median(calls),
         "durable": statistics.median(durables),
         "memory": float(peak.nbytes),
-        "bytes": float(sum(tensor.nbytes for tensor in _tensors(state))),
+        "bytes": float(sum(tensor.nbytes for tensor in collect_tensors(state)[0])),
     }
     if train:
         found |= _in_training(training, saver, runs)
     saver.close()
     return found
-
-
-class _Settings:
-    """Stands for a run's settings, which are a few numbers."""
-
-    def to_plain(self) -> dict[str, Any]:
-        """Nothing."""
-        return {}
-
-
-def _tensors(state: Any) -> list[torch.Tensor]:
-    from seedvc_ckpt.format.records import collect_tensors
-
-    return collect_tensors(state)[0]
 
 
 def _in_training(training: TrainingState, saver: Contender, runs: int) -> dict[str, float]:
@@ -88,7 +75,7 @@ def _in_training(training: TrainingState, saver: Contender, runs: int) -> dict[s
     for _ in range(runs):
         waits.seconds = 0.0
         began = time.perf_counter()
-        finish = saver.begin(training.to_checkpoint(_Settings()))
+        finish = saver.begin(checkpoint_of(training))
         call = time.perf_counter() - began
         steps = [step() for _ in range(max(2, round(4.0 / alone)))]
         finish()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,9 +13,10 @@ from torch import nn
 from seedvc_train.config import Config
 from seedvc_train.dataset import Batch
 from seedvc_train.model import build_model
+from seedvc_train.settings import Settings
 from seedvc_train.state import TrainingState
 
-__all__ = ["PRESETS", "preset", "random_batch", "stacked"]
+__all__ = ["PRESETS", "checkpoint_of", "preset", "random_batch", "stacked"]
 
 _FILE = Path(__file__).parent.parent / "tests" / "data" / "presets.json"
 PRESETS = {
@@ -43,6 +45,11 @@ def _make_moments(optimizers: Iterable[torch.optim.Optimizer]) -> None:
                 parameter.grad = torch.full_like(parameter, 1e-3)
         optimizer.step()
         optimizer.zero_grad()
+
+
+def checkpoint_of(training: TrainingState) -> dict[str, Any]:
+    """What a trainer saves of it, but for a run's settings, which are a few numbers."""
+    return training.to_checkpoint(Settings({}, {}))
 
 
 def stacked(millions: int) -> tuple[nn.Module, torch.optim.Optimizer]:

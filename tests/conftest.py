@@ -44,6 +44,16 @@ def chance(request: pytest.FixtureRequest) -> random.Random:
     return random.Random(f"{request.config.getoption('randomly_seed')} {request.node.nodeid}")
 
 
+@pytest.fixture(scope="module")
+def recordings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six clips of two made-up voices: three batches an epoch."""
+    from seedvc_train.corpus import write_demo_corpus
+
+    folder = tmp_path_factory.mktemp("recordings")
+    write_demo_corpus(str(folder), clips=3)
+    return folder
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     findings = config.stash[_tally].findings
     if not findings:

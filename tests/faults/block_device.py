@@ -24,7 +24,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-__all__ = ["CrashPoint", "Recording", "missing", "mounted", "recorder", "workspace"]
+__all__ = [
+    "CrashPoint",
+    "Recording",
+    "fuse_server",
+    "make_image",
+    "missing",
+    "mounted",
+    "recorder",
+    "unmount",
+    "workspace",
+]
 
 _SECTOR = 512
 _HEADER = struct.Struct("<cQI")
@@ -133,7 +143,7 @@ def missing(kind: str) -> str | None:
     try:
         with workspace() as folder:
             image = os.path.join(folder, "probe.img")
-            _make(kind, image)
+            make_image(image, *_MKFS[kind])
             with mounted(kind, image):
                 return None
     except (OSError, subprocess.CalledProcessError) as error:
@@ -166,7 +176,7 @@ def mounted(kind: str, image: str) -> Iterator[str]:
         try:
             yield folder
         finally:
-            _unmount(folder)
+            unmount(folder)
     finally:
         os.rmdir(folder)
 
@@ -185,36 +195,40 @@ def recorder(kind: str, workspace: str) -> Iterator[_Recorder]:
     """A new file system, mounted on a disk that logs."""
     place = tempfile.mkdtemp(prefix=f"{kind}-", dir=workspace)
     base, disk, log, shown = (os.path.join(place, name) for name in ("base.img", "disk.img", "log", "fuse"))
-    _make(kind, base)
+    make_image(base, *_MKFS[kind])
     _copy(base, disk)
     os.mkdir(shown)
-    server = subprocess.Popen([sys.executable, __file__, disk, log, shown])
-    try:
-        _await(server, os.path.join(shown, "marks"))
+    with fuse_server([__file__, disk, log, shown], shown):
         # the folder to mount on must not be on the FUSE file system
         os.symlink(os.path.join(shown, "disk.img"), os.path.join(place, "device"))
         with mounted(kind, os.path.join(place, "device")) as folder:
             made = _Recorder(folder, os.path.join(shown, "marks"))
             yield made
+    made.recording = Recording(kind, place, base, log)
+
+
+@contextlib.contextmanager
+def fuse_server(arguments: Sequence[str], shown: str) -> Iterator[None]:
+    """A Python program that serves the folder `shown` by FUSE, until the end of the block."""
+    server = subprocess.Popen([sys.executable, *arguments])
+    try:
+        deadline = time.monotonic() + 20
+        while not os.path.ismount(shown):
+            if server.poll() is not None or time.monotonic() > deadline:
+                raise OSError(errno.EIO, "the FUSE file system did not start")
+            time.sleep(0.005)
+        yield
     finally:
-        _unmount(shown)
+        unmount(shown)
         try:
             server.wait(10)
         except subprocess.TimeoutExpired:
             server.kill()
             server.wait()
-    made.recording = Recording(kind, place, base, log)
 
 
-def _await(server: subprocess.Popen[bytes], path: str) -> None:
-    deadline = time.monotonic() + 20
-    while not os.path.exists(path):
-        if server.poll() is not None or time.monotonic() > deadline:
-            raise OSError(errno.EIO, "the FUSE file system did not start")
-        time.sleep(0.005)
-
-
-def _unmount(folder: str) -> None:
+def unmount(folder: str) -> None:
+    """Unmount it, if need be once whoever uses it is done."""
     for _ in range(20):
         done = subprocess.run(["umount", folder], check=False, capture_output=True)
         if done.returncode == 0 or not os.path.ismount(folder):
@@ -224,8 +238,8 @@ def _unmount(folder: str) -> None:
     subprocess.run(["umount", "-l", folder], check=False, capture_output=True)
 
 
-def _make(kind: str, image: str) -> None:
-    megabytes, command = _MKFS[kind]
+def make_image(image: str, megabytes: int, command: Sequence[str]) -> None:
+    """Make a file of that size and a file system in it."""
     with open(image, "wb") as file:
         file.truncate(megabytes << 20)
     subprocess.run([*command, image], check=True, capture_output=True)

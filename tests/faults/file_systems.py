@@ -8,11 +8,10 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 
-from block_device import mounted, workspace
+from block_device import fuse_server, make_image, mounted, unmount, workspace
 
 __all__ = ["filled", "loop_mounted", "missing", "passing_through", "remount"]
 
@@ -51,13 +50,10 @@ def loop_mounted(kind: str) -> Iterator[str]:
             try:
                 yield folder
             finally:
-                _unmount(folder)
+                unmount(folder)
             return
-        megabytes, command = _MKFS[kind]
         image = os.path.join(place, "disk.img")
-        with open(image, "wb") as file:
-            file.truncate(megabytes << 20)
-        _run(*command, image)
+        make_image(image, *_MKFS[kind])
         with mounted(kind, image) as folder:
             yield folder
 
@@ -112,39 +108,12 @@ def passing_through(fault: str) -> Iterator[str]:
         source, shown = os.path.join(place, "source"), os.path.join(place, "shown")
         os.mkdir(source)
         os.mkdir(shown)
-        server = subprocess.Popen([sys.executable, __file__, source, shown, fault])
-        try:
-            deadline = time.monotonic() + 20
-            while not os.path.ismount(shown):
-                if server.poll() is not None or time.monotonic() > deadline:
-                    raise OSError(errno.EIO, "the FUSE file system did not start")
-                time.sleep(0.005)
+        with fuse_server([__file__, source, shown, fault], shown):
             yield shown
-        finally:
-            _unmount(shown)
-            try:
-                server.wait(10)
-            except subprocess.TimeoutExpired:
-                server.kill()
-                server.wait()
-
-
-def temporary_folder() -> str:
-    """A folder on no file system of these."""
-    return tempfile.mkdtemp()
 
 
 def _run(*command: str) -> None:
     subprocess.run(command, check=True, capture_output=True, text=True)
-
-
-def _unmount(folder: str) -> None:
-    for _ in range(20):
-        done = subprocess.run(["umount", folder], check=False, capture_output=True)
-        if done.returncode == 0 or not os.path.ismount(folder):
-            return
-        time.sleep(0.05)
-    subprocess.run(["umount", "-l", folder], check=False, capture_output=True)
 
 
 def _serve(source: str, shown: str, fault: str) -> None:  # noqa: C901

@@ -8,27 +8,25 @@ import random
 import select
 import signal
 import struct
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import runs
 import torch
 from mutants import BY_CONTEST, Mutant, living_writers_cleaned_up, name_taken_from_others, no_lease
 from tally import Tally
-from zygote import Child
+from zygote import Child, be_command
 
 from seedvc_ckpt import CheckpointStore, keep_last
 from seedvc_ckpt.errors import CheckpointError, LeaseHeldError
 from seedvc_ckpt.storage import lease  # noqa: F401  # slow to import: done before the forks
 from seedvc_ckpt.storage.local import LocalStorage
 from seedvc_train import cli
-from seedvc_train.corpus import write_demo_corpus
 
 PATIENCE = 60.0  # seconds; far more than anything here takes
-CONFIG = Path(__file__).parent.parent / "data" / "run_from_seedvc" / "config_dit_mini.yml"
 DISK = "local file system"
 
 
@@ -367,32 +365,14 @@ def test_no_acknowledged_save_is_lost_in_a_crowd(
     assert faults == []
 
 
-@pytest.fixture(scope="module")
-def recordings(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six clips of two made-up voices."""
-    folder = tmp_path_factory.mktemp("recordings")
-    write_demo_corpus(str(folder), clips=3)
-    return folder
-
-
 def train_both(recordings: Path, logs: Path) -> Iterator[str]:
     """What goes wrong when two trainers are started on one run at one moment."""
     logs.mkdir()
 
+    arguments = runs.arguments(recordings, logs, max_steps=8, save_every=2, lr=None)
+
     def train(who: int) -> None:
-        output = os.open(logs / f"{who}.txt", os.O_WRONLY | os.O_CREAT, 0o600)
-        os.dup2(output, 1)
-        os.dup2(output, 2)
-        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115  # pytest's own writes elsewhere
-        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
-        options = {"config": CONFIG, "dataset-dir": recordings, "log-dir": logs, "run-name": "run", "save-every": 2}
-        sys.argv = ["seedvc-train", "--max-steps=8", *(f"--{name}={value}" for name, value in options.items())]
-        try:
-            cli.main()
-        except SystemExit as end:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(end.code)
+        be_command(cli.main, ["seedvc-train", *arguments], logs / f"{who}.txt")
 
     children = [Child(lambda who=who: train(who)) for who in (0, 1)]
     for child in children:

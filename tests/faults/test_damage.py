@@ -6,7 +6,6 @@ import os
 import random
 import resource
 import shutil
-import sys
 import warnings
 import zipfile
 from collections import Counter
@@ -16,7 +15,7 @@ from pathlib import Path
 import pytest
 import states
 import torch
-from zygote import run_in_child
+from zygote import be_command, run_in_child
 
 from seedvc_ckpt import SEED_VC, CheckpointError, CheckpointStore, CorruptCheckpointError
 from seedvc_ckpt.format import torchzip
@@ -227,17 +226,7 @@ def _measured(arguments: list[str], output: Path, limit: int) -> int:
         resource.setrlimit(resource.RLIMIT_CPU, (30, 30))
         before = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (before + limit, before + limit))
-        descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(descriptor, 1)
-        os.dup2(descriptor, 2)
-        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
-        sys.argv = ["seedvc-ckpt", *arguments]
-        try:
-            main()
-        except SystemExit as ended:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(ended.code or 0)
+        be_command(main, ["seedvc-ckpt", *arguments], output)
 
     return run_in_child(act)
 

@@ -12,20 +12,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import runs
 import torch
 from file_systems import filled, loop_mounted, missing, passing_through, remount
 from mutants import BY_SHORT_WRITE, Mutant
 from tally import Tally
-from zygote import Child, run_in_child
+from zygote import Child, be_command, run_in_child
 
 from seedvc_ckpt import CheckpointStore, SaveFailedError, keep_last
 from seedvc_ckpt.errors import CheckpointError, CheckpointExistsError
 from seedvc_ckpt.export import export
 from seedvc_ckpt.storage.local import LocalStorage
 from seedvc_train import cli
-from seedvc_train.corpus import write_demo_corpus
 
-CONFIG = Path(__file__).parent.parent / "data" / "run_from_seedvc" / "config_dit_mini.yml"
 reason_against = functools.cache(missing)
 GRAIN = 64 << 10  # bytes
 
@@ -280,41 +279,12 @@ def test_the_folder_goes_away_under_a_store(tmp_path: Path, tally: Tally) -> Non
     tally.record("8", "local disk", "the run's folder is moved or deleted under a store", 2)
 
 
-@pytest.fixture(scope="module")
-def recordings(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Clips of two made-up voices."""
-    folder = tmp_path_factory.mktemp("recordings")
-    write_demo_corpus(str(folder), clips=3)
-    return folder
-
-
 def test_the_folder_goes_away_under_the_trainer(recordings: Path, tmp_path: Path, tally: Tally) -> None:
     """The trainer ends in words that say what happened, and the moved run goes on where it was saved last."""
     output, run = tmp_path / "output.txt", tmp_path / "run"
 
-    def train() -> None:
-        descriptor = os.open(output, os.O_WRONLY | os.O_CREAT, 0o600)
-        os.dup2(descriptor, 1)
-        os.dup2(descriptor, 2)
-        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115  # pytest's own writes elsewhere
-        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
-        options = {
-            "config": CONFIG,
-            "dataset-dir": recordings,
-            "log-dir": tmp_path,
-            "run-name": "run",
-            "save-every": 1,
-            "max-steps": 100_000,
-        }
-        sys.argv = ["seedvc-train", *(f"--{name}={value}" for name, value in options.items())]
-        try:
-            cli.main()
-        except SystemExit as end:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(end.code)
-
-    trainer = Child(train).go()
+    arguments = runs.arguments(recordings, tmp_path, max_steps=100_000, save_every=1, lr=None)
+    trainer = Child(lambda: be_command(cli.main, ["seedvc-train", *arguments], output)).go()
     deadline = time.monotonic() + 60
     while not list(run.glob("DiT_*_step_0000[2-9].pth")) and time.monotonic() < deadline:
         time.sleep(0.01)

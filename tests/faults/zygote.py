@@ -7,11 +7,12 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 
-__all__ = ["Child", "run_in_child"]
+__all__ = ["Child", "be_command", "run_in_child"]
 
 
 class Child:
@@ -69,3 +70,19 @@ class Child:
 def run_in_child(act: Callable[[], object]) -> int:
     """Run `act` in a process of its own and return its exit code."""
     return Child(act).go().wait()
+
+
+def be_command(main: Callable[[], object], arguments: Sequence[str], output: Path) -> None:
+    """In a child: be a command from now on, both of whose outputs go to a file; does not return where it exits."""
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    # pytest's own write elsewhere
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+    sys.argv = list(arguments)
+    try:
+        main()
+    except SystemExit as end:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(end.code or 0)

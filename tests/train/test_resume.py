@@ -21,14 +21,6 @@ _STEPS = 60
 _KILLS = 10
 
 
-@pytest.fixture(scope="module")
-def recordings(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six clips of two made-up voices: three batches an epoch."""
-    folder = tmp_path_factory.mktemp("recordings")
-    write_demo_corpus(str(folder), clips=3)
-    return folder
-
-
 def differences(first: Path, second: Path) -> list[str]:
     """What differs between the latest checkpoints of two runs."""
     one, other = CheckpointStore(first).file(), CheckpointStore(second).file()
