@@ -6,7 +6,6 @@ import logging
 import os
 import threading
 import time
-import traceback
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -286,11 +285,12 @@ class PendingSave:
             del copy  # it holds the live state, which may go now
             self._info = write()
         except BaseException as error:  # noqa: BLE001 - told to the caller
+            _log.debug("the save of %s failed", self.name, exc_info=error)
+            _forget_frames(error)  # which hold the copies of the state
             self._error = error
             self._told.failed(self, error)
         finally:
             del write
-            _forget_frames(self._error)  # which hold the state
             self._finished = True
             for copied in self._copied.values():
                 copied.set()
@@ -335,7 +335,7 @@ class _Told:
 
 def _forget_frames(error: BaseException | None) -> None:
     while error is not None:
-        traceback.clear_frames(error.__traceback__)
+        error.__traceback__ = None
         error = error.__cause__ or error.__context__
 
 

@@ -372,17 +372,17 @@ def test_a_saver_that_is_dropped_first_logs_its_failure_later(run, state, caplog
 
 
 def test_a_failed_save_lets_go_of_the_state(failing):
-    """After a failure neither the error nor what is left of the save keeps tensors alive."""
+    """After a failure neither the error nor what is left of the save keeps tensors or the copies of them alive."""
     saver, _ = failing
     tensor = torch.ones(1000)
-    alive = weakref.ref(tensor)
     pending = saver.save({"w": tensor}, 1)
+    alive = [weakref.ref(tensor), weakref.ref(saver._buffer._memory)]
     with pytest.raises(SaveFailedError):
         pending.result()
     saver.close()
     del tensor
     gc.collect()
-    assert alive() is None
+    assert [found() for found in alive] == [None, None]
     assert pending.info is None
 
 
@@ -395,15 +395,17 @@ def test_a_save_holds_no_live_tensor_once_it_is_copied(run, monkeypatch):
         return write(self, save, verify=verify)
 
     monkeypatch.setattr(CheckpointStore, "_write", slowly)
+    parameter = torch.nn.Parameter(torch.ones(1000))
     with AsyncSaver(CheckpointStore(run)) as saver:
-        tensor = torch.ones(1000)
-        alive = weakref.ref(tensor)
-        pending = saver.save({"w": tensor}, 1)
-        del tensor
+        saver.guard(torch.optim.SGD([parameter]))
+        tensors = [parameter.detach(), torch.ones(1000)]  # one that is copied later, one at once
+        alive = [weakref.ref(tensor) for tensor in tensors]
+        pending = saver.save({"w": [*tensors]}, 1)
+        del tensors
         deadline = time.monotonic() + 10
-        while alive() is not None and time.monotonic() < deadline:
+        while any(found() is not None for found in alive) and time.monotonic() < deadline:
             gc.collect()
-        assert alive() is None
+        assert [found() for found in alive] == [None, None]
         go.set()
         pending.result()
 
