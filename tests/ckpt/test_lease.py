@@ -11,7 +11,14 @@ import time
 import pytest
 import torch
 
-from seedvc_ckpt import CheckpointStore, LeaseHeldError, NamePattern, keep_last
+from seedvc_ckpt import (
+    CheckpointExistsError,
+    CheckpointStore,
+    LeaseHeldError,
+    NamePattern,
+    StaleStepError,
+    keep_last,
+)
 from seedvc_ckpt.storage.lease import LOCK_NAME
 
 STATE = {"x": torch.ones(3)}
@@ -49,6 +56,47 @@ def test_a_second_process_is_told_who_writes(run, holder):
         with pytest.raises(LeaseHeldError, match=rf"process {holder.pid} on .+, since 20\d\d-"):
             write()
     assert sorted(os.listdir(run)) == before
+
+
+def test_who_is_ahead_is_news_before_the_step_is(run, holder):
+    """A save at a step that another living process has saved names that process; once it is gone, the step."""
+    store = CheckpointStore(run)
+    for step in (0, 1):
+        with pytest.raises(LeaseHeldError, match=rf"process {holder.pid} "):
+            store.save(STATE, step)
+    holder.kill()
+    holder.wait()
+    with pytest.raises(CheckpointExistsError):
+        store.save(STATE, 1)
+    with pytest.raises(StaleStepError):
+        store.save(STATE, 0)
+
+
+def test_a_holder_that_has_not_told_its_name_yet_is_waited_for(run):
+    """Between taking the lock and recording who has it pass moments; whoever is refused then still learns who."""
+    script = (
+        "import sys, time; from seedvc_ckpt.storage import lease; from seedvc_ckpt import CheckpointStore\n"
+        "record = lease._record\n"
+        "def late(path, content):\n"
+        "    print('holds', flush=True); time.sleep(0.3); record(path, content)\n"
+        "lease._record = late; store = CheckpointStore(sys.argv[1]); store.acquire(); time.sleep(100)"
+    )
+    with subprocess.Popen([sys.executable, "-c", script, str(run)], stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout.readline() == b"holds\n"
+            with pytest.raises(LeaseHeldError, match=rf"process {process.pid} on .+, since 20\d\d-"):
+                CheckpointStore(run).acquire()
+        finally:
+            process.kill()
+
+
+def test_a_released_lease_names_nobody(run):
+    """After `close` the lock file holds no name, which a later holder could be mistaken for."""
+    store = CheckpointStore(run)
+    store.acquire()
+    assert f'"process": {os.getpid()}' in (run / LOCK_NAME).read_text()
+    store.close()
+    assert (run / LOCK_NAME).read_text() == ""
 
 
 def test_readers_need_nothing(run, holder):

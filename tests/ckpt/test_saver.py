@@ -311,10 +311,13 @@ def test_a_failure_is_told_by_result_and_not_again(failing, state):
     assert [info.step for info in store.list()] == [0, 1]
 
 
-def test_a_failure_is_told_by_the_next_save_once(failing, state):
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_failure_is_told_by_the_next_save_once(failing, state, finished):
     """Where nobody asked for the result, the next save raises it and saves nothing; the one after that works."""
     saver, store = failing
-    saver.save(state(1), 1)
+    pending = saver.save(state(1), 1)
+    if finished:
+        pending.wait()
     with pytest.raises(SaveFailedError):
         saver.save(state(2), 2)
     assert saver.save(state(2), 2).result().step == 2

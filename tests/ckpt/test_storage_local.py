@@ -78,6 +78,19 @@ def test_taken_names_are_left_as_they_are(run):
     assert (run / "file").read_text() == "old"
 
 
+def test_a_link_whose_answer_was_lost_is_our_own(run, monkeypatch):
+    """Where a repeated link says that the name is taken, and it is by the very file, the publish has succeeded."""
+    link = os.link
+
+    def link_twice(source, target):
+        link(source, target)
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", link_twice)
+    publish(run)
+    assert files(run) == ["a.pth"]
+
+
 def test_planted_links_are_replaced_never_followed(run, tmp_path):
     """With overwrite a link is replaced itself; what it points to is not written."""
     victim = tmp_path / "victim"
