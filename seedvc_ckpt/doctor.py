@@ -8,13 +8,13 @@ from itertools import pairwise
 
 from seedvc_ckpt.checkpoint import CheckpointInfo
 from seedvc_ckpt.errors import CheckpointError, CorruptCheckpointError, StorageError
-from seedvc_ckpt.storage import Stat, Storage, open_storage
+from seedvc_ckpt.storage import Stat, Storage
 from seedvc_ckpt.storage.condition import Finding, note, problem
 from seedvc_ckpt.store import CheckpointStore
 
 __all__ = ["Finding", "diagnose"]
 
-_OF_A_RUN = (".jsonl", ".yml", ".yaml", ".seedvc_ckpt.lock", "ft_model.pth", "ft_model.safetensors")
+_OF_A_RUN = (".jsonl", ".yml", ".yaml", "ft_model.pth", "ft_model.safetensors")
 _SHOWN = 3  # names in a list of many
 
 
@@ -132,7 +132,7 @@ def _strays(store: CheckpointStore, infos: Sequence[CheckpointInfo], files: Mapp
         if name.endswith(".pin"):
             if name.removesuffix(".pin") not in files:
                 yield note(name, "pins a checkpoint that is not there", "delete it")
-        elif name.endswith(_OF_A_RUN) or name.startswith(".tmp-"):
+        elif name.endswith(_OF_A_RUN) or name.startswith((".tmp-", ".seedvc_ckpt.")):
             continue
         else:
             (alike if suffix and suffix in name else others).append(name)
@@ -152,8 +152,7 @@ def _strays(store: CheckpointStore, infos: Sequence[CheckpointInfo], files: Mapp
 
 
 def _aside(storage: Storage) -> Iterator[Finding]:
-    aside = open_storage(f"{storage.location.rstrip('/')}/aside") if "://" not in storage.location else None
-    names = [entry.name for entry in aside.list() if not entry.name.endswith(".reason.txt")] if aside else []
+    names = [entry.name for entry in storage.below("aside").list() if not entry.name.endswith(".reason.txt")]
     if names:
         yield note(
             "aside/",

@@ -11,28 +11,36 @@ from seedvc_ckpt.file import CheckpointFile, run_name
 from seedvc_ckpt.format import contents
 from seedvc_ckpt.format.contents import TensorRef
 from seedvc_ckpt.manifest import Manifest, library_version
-from seedvc_ckpt.storage import open_parent
+from seedvc_ckpt.storage import Storage, open_parent
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["export"]
+__all__ = ["export", "export_to"]
 
 _SHOWN = 20
 _EMA_LEFT_OUT = "input_pos"  # Seed-VC's averaged weights are a list without these buffers
 
 
-def export(
+def export(source: CheckpointFile, target: str | os.PathLike[str], **options: Any) -> str:
+    """Write the weights of a checkpoint to a path or URL and return it; the options are those of `export_to`."""
+    storage, name = open_parent(target)
+    export_to(source, storage, name, **options)
+    return os.fspath(target)
+
+
+def export_to(
     source: CheckpointFile,
-    target: str | os.PathLike[str],
+    storage: Storage,
+    name: str,
     *,
     expected: Mapping[str, Sequence[int]] | None = None,
     dtype: str | torch.dtype | None = None,
     weights: Literal["net", "ema"] = "net",
     overwrite: bool = False,
     allow_non_finite: bool = False,
-) -> str:
-    """Write the weights of a checkpoint to `target` and return it.
+) -> None:
+    """Write the weights of a checkpoint to a file in a storage.
 
     The file holds ``{"net": {module: {name: tensor}}}``, or with the suffix ``.safetensors`` the same tensors under
     ``module.name``. The prefix ``module.`` of distributed training is removed. The same input gives the same bytes.
@@ -40,7 +48,8 @@ def export(
 
     Args:
         source: The checkpoint.
-        target: A path or URL; its suffix decides the format.
+        storage: Where to.
+        name: Under which name; its suffix decides the format.
         expected: Shapes by name (``module.name``) that the weights must have, all of them and no others.
         dtype: Convert floating-point tensors to this.
         weights: "net", or "ema" for the averaged weights of a checkpoint that has them.
@@ -52,9 +61,8 @@ def export(
         CheckpointExistsError: if the target exists and `overwrite` is false.
         CorruptCheckpointError: if a tensor is damaged. In all these cases nothing is written.
     """
-    storage, name = open_parent(target)
     if not overwrite and storage.stat(name) is not None:
-        raise _taken(target)
+        raise _taken(storage, name)
     from seedvc_ckpt.format import weights as formats  # torch takes more than a second to import
 
     kind = None if dtype is None else formats.floating_dtype(dtype)
@@ -69,13 +77,13 @@ def export(
         try:
             storage.publish(name, encoded.size, encoded, overwrite=overwrite)
         except FileExistsError:
-            raise _taken(target) from None
-    return os.fspath(target)
+            raise _taken(storage, name) from None
 
 
-def _taken(target: str | os.PathLike[str]) -> CheckpointExistsError:
+def _taken(storage: Storage, name: str) -> CheckpointExistsError:
     return CheckpointExistsError(
-        f"{os.fspath(target)} exists already and was left as it is: name another target, or overwrite it (--force)"
+        f"{name} exists already in {storage.location} and was left as it is: name another target, or overwrite it "
+        "(--force)"
     )
 
 

@@ -30,6 +30,7 @@ class Manifest(BaseModel):
         torch: Version of torch that wrote the tensors; None where none was involved.
         library: Version of seedvc-ckpt.
         metrics: The numbers given to `save`.
+        lease_epoch: On a server, the epoch of the lease under which it was saved: larger for each writer.
         resumed_from: Name of the checkpoint that the run went on from.
         exported_from: Name of the checkpoint that an export was taken from.
         tensors: Number of tensors.
@@ -47,6 +48,7 @@ class Manifest(BaseModel):
     torch: str | None = None
     library: str = ""
     metrics: dict[str, Annotated[float, Field(strict=False)]] = {}
+    lease_epoch: _Count | None = None
     resumed_from: str | None = None
     exported_from: str | None = None
     tensors: _Count = 0

@@ -98,11 +98,11 @@ class CheckpointStore:
 
     Args:
         location: A folder or an fsspec URL (``scheme://``), made at the first save; or a storage, as
-            `seedvc_ckpt.testing` has them.
+            `storage.open_storage` and `seedvc_ckpt.testing` make them.
         pattern: How the files are named; others in the folder are never looked at.
         retention: One rule or several: after each save a checkpoint stays if any rule keeps it. Default: keep all.
         storage_options: For the fsspec filesystem of a URL.
-        fs: An fsspec filesystem to use instead of making one.
+        fs: An fsspec filesystem to use instead of making one; it is neither changed nor closed.
         read_only: Refuse everything that would change the store.
 
     Raises:
@@ -126,6 +126,7 @@ class CheckpointStore:
         self._storage = open_storage(location, storage_options=storage_options, fs=fs)
         self._resumed: CheckpointInfo | None = None
         self._intact: set[str] = set()  # names written, or checked byte by byte, by this object
+        self._known: set[str] = set()  # names that were there when the lease was taken, or came with it
         self._lease: Lease | None = None
         self._release: Callable[[], object] = lambda: None
 
@@ -168,8 +169,10 @@ class CheckpointStore:
 
     def close(self) -> None:
         """Release the lease. Reading goes on to work, and a later write takes the lease again."""
+        lease, self._lease = self._lease, None
+        if lease is not None:
+            lease.close()
         self._release()
-        self._lease = None
 
     def collect_garbage(self, *, dry_run: bool = False) -> Sequence[Leftover]:
         """Remove the temporary files of writers that died, and return what was removed; with `dry_run`, would be.
@@ -270,7 +273,7 @@ class CheckpointStore:
         self._refuse_changes("save to it")
         step, epoch = checked_number("step", step), checked_number("epoch", epoch)
         name = self.pattern.format(step, epoch)
-        infos = self.list()
+        infos = self._without_stale(self.list())
         try:
             self._refuse_order(infos, step, name, overwrite=overwrite)
         except (CheckpointExistsError, StaleStepError):
@@ -346,6 +349,7 @@ class CheckpointStore:
                 for damaged, reason in rejected:
                     self.set_aside(damaged, reason)
             self._resumed = info
+            self._known.add(info.name)
             return Resumed(info, state, tuple(rejected))
         if rejected:
             newest, reason = rejected[0]
@@ -575,6 +579,8 @@ class CheckpointStore:
             return self._lease
         lease = self._lease = self._storage.lease()
         self._release = weakref.finalize(self, lease.release)
+        if lease.epoch is not None:
+            self._known.update(entry.name for entry in self._storage.list())
         for leftover in self.collect_garbage():
             _log.info("removed %s from %s: %s", leftover.name, self.location, leftover.why)
         return lease
@@ -583,27 +589,60 @@ class CheckpointStore:
         first = self._lease is None
         lease = self._acquired()
         if first:  # as another writer may have left it
-            self._refuse_order(self.list(), step, name, overwrite=overwrite)
+            self._refuse_order(self._without_stale(self.list()), step, name, overwrite=overwrite)
         return lease
+
+    def _without_stale(self, infos: Sequence[CheckpointInfo]) -> Sequence[CheckpointInfo]:
+        """The checkpoints, after setting aside what a writer added that had lost the lease by then.
+
+        Its last upload may have been under way when this process took the lease, and so may end under a free name.
+        """
+        epoch = self._lease.epoch if self._lease else None
+        return infos if epoch is None else [info for info in infos if not self._set_stale_aside(info, epoch)]
+
+    def _set_stale_aside(self, info: CheckpointInfo, epoch: int) -> bool:
+        if info.name in self._known:
+            return False
+        with suppress(CorruptCheckpointError):  # then it is for resume and verify to judge
+            manifest = self._file(info).manifest()
+            if manifest is not None and manifest.lease_epoch is not None and manifest.lease_epoch < epoch:
+                reason = f"saved by a trainer that had lost the lease: its epoch is {manifest.lease_epoch}, not {epoch}"
+                _log.warning("%s in %s was set aside: %s", info.name, self.location, reason)
+                self._storage.set_aside(info.name, reason)
+                return True
+        self._known.add(info.name)
+        return False
+
+    def _cleared(self, name: str) -> bool:
+        """Set a stale writer's file of this name aside, where it is one."""
+        found = [info for info in self.list() if info.name == name]
+        return not self._without_stale(found) if found else True
 
     def _write(self, save: PreparedSave, *, verify: bool) -> CheckpointInfo:
         # a lease that was released since the save was prepared is not taken again behind the caller's back
         lease = save.lease or self._acquired_for(save.step, save.name, overwrite=save.overwrite)
         lease.check()
+        encoded = save.encoded.of_epoch(lease.epoch)
         try:
             published = self._storage.publish(
-                save.name, save.encoded.size, save.encoded, overwrite=save.overwrite, before=lease.check
+                save.name,
+                encoded.size,
+                encoded,
+                overwrite=save.overwrite,
+                before=lease.check,
+                cleared=lambda: self._cleared(save.name),
             )
         except FileExistsError:
             raise CheckpointExistsError(
                 f"{save.name} appeared in {self.location} during the save and was left as it is: another process is "
                 "saving to this run"
             ) from None
+        self._known.add(save.name)
         named = self.pattern.parse(save.name) or ParsedName(save.step)  # a name without an epoch lists as epoch 0
         info = CheckpointInfo(save.name, named.step, named.epoch, published.size, published.modified)
         try:
             info = replace(info, pinned=self._storage.stat(f"{save.name}.pin") is not None)
-            self._read_back(info, save.encoded.manifest, verify=verify)
+            self._read_back(info, encoded.manifest, verify=verify)
         except StorageError as error:
             if verify:
                 raise
@@ -704,7 +743,7 @@ class CheckpointStore:
                     _log.warning("not pruned: %s in %s is gone or was replaced", info.name, self.location)
                 elif self._storage.stat(f"{info.name}.pin") is None:  # it may have been pinned since the plan was made
                     lease.check()
-                    self._storage.delete(info.name)
+                    self._storage.delete(info.name, seen=seen[info])
             except (FileNotFoundError, StorageError) as error:
                 _log.warning("not pruned: %s in %s: %s", info.name, self.location, error)
 

@@ -72,6 +72,10 @@ class FaultyStorage:
         """That of the storage inside."""
         return self._storage.location
 
+    def below(self, folder: str) -> Storage:
+        """The folder of that name in the storage inside, without faults."""
+        return self._storage.below(folder)
+
     def list(self) -> Iterator[Entry]:
         """The files; a listing that fails does so at once, after half of them, or at its end."""
         fault = self._next("list", "")
@@ -136,6 +140,7 @@ class FaultyStorage:
         *,
         overwrite: bool = False,
         before: Callable[[], None] = lambda: None,
+        cleared: Callable[[], bool] = lambda: False,
     ) -> Stat:
         """Make a file appear, complete or not at all."""
         fault = self._next("publish", name)
@@ -143,16 +148,16 @@ class FaultyStorage:
             raise _save_failed(name, self.location, size)
         if fault == "midway":
             chunks = _broken(chunks, size, _save_failed(name, self.location, size))
-        published = self._storage.publish(name, size, chunks, overwrite=overwrite, before=before)
+        published = self._storage.publish(name, size, chunks, overwrite=overwrite, before=before, cleared=cleared)
         if fault == "after":
             raise _failed("publish", name)
         if fault == "midway":
             raise AssertionError(f"{type(self._storage).__name__} published {name} without reading all of it")
         return published
 
-    def delete(self, name: str) -> None:
+    def delete(self, name: str, *, seen: Stat | None = None) -> None:
         """Delete a file."""
-        self._call("delete", name, lambda: self._storage.delete(name))
+        self._call("delete", name, lambda: self._storage.delete(name, seen=seen))
 
     def set_aside(self, name: str, reason: str) -> str:
         """Move a file to ``aside/``."""
@@ -193,6 +198,9 @@ class _Blob:
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         self._storage._call("read", self._file, lambda: self._blob.read_into(offset, buffer))  # noqa: SLF001
+
+    def announce(self, stretches: Iterable[tuple[int, int]]) -> None:
+        self._blob.announce(stretches)
 
     def map(self) -> memoryview | None:
         return self._storage._call("map", self._file, self._blob.map)  # noqa: SLF001

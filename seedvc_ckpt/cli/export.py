@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import shlex
-import shutil
 
 import click
 
 from seedvc_ckpt.cli.target import checkpoint_at, is_url, pattern_option, step_option
-from seedvc_ckpt.export import export
+from seedvc_ckpt.export import export_to
 from seedvc_ckpt.naming import NamePattern
+from seedvc_ckpt.storage import Storage, open_parent, plain_location, read_file
 
 __all__ = ["command"]
 
@@ -44,26 +44,32 @@ def command(
     With --config, the copy of that YAML beside the file and the printed command are all that the service needs.
     """
     file = checkpoint_at(run_or_file, step, pattern)
-    if out is None:
-        out = f"{file.storage.location.rstrip('/')}/ft_model.pth"
-        if os.path.basename(run_or_file) == "ft_model.pth":
-            raise click.UsageError(f"{run_or_file} is an export already: say where to write with --out")
+    if out is not None:
+        storage, name = open_parent(out)
+    elif os.path.basename(run_or_file) == "ft_model.pth":
+        raise click.UsageError(f"{run_or_file} is an export already: say where to write with --out")
+    else:
+        storage, name = file.storage, "ft_model.pth"
     expected = None if config is None else _expected(config)
-    written = export(
+    export_to(
         file,
-        out,
+        storage,
+        name,
         expected=expected,
         dtype=dtype,
         weights="ema" if weights == "ema" else "net",
         overwrite=force,
         allow_non_finite=allow_non_finite,
     )
-    click.echo(f"wrote {written} from {file.name}")
+    written = out or f"{storage.location.rstrip('/')}/{name}"
+    click.echo(f"wrote {plain_location(written)} from {file.name}")
     if config is None:
         click.echo("names and shapes were not checked against a model: use --config for that")
         return
-    beside = _copy_config(config, written)
-    if written.endswith(".pth"):
+    beside = _copy_config(config, storage)
+    if is_url(written):
+        click.echo("download both files to start the service with them")
+    elif written.endswith(".pth"):
         line = f"python app_svc.py --checkpoint {shlex.quote(written)} --config {shlex.quote(beside)}"
         click.echo(f"start the service with\n  {line}")
 
@@ -79,20 +85,15 @@ def _expected(config: str) -> dict[str, tuple[int, ...]]:
         raise click.UsageError(str(error)) from None
 
 
-def _copy_config(config: str, written: str) -> str:
+def _copy_config(config: str, storage: Storage) -> str:
     """Put the YAML beside the export and return its path; an other file of that name stays."""
-    if is_url(written):
+    name = os.path.basename(config)
+    target = f"{storage.location.rstrip('/')}/{name}"
+    with open(config, "rb") as file:
+        content = file.read()
+    if storage.stat(name) is None:
+        storage.publish(name, len(content), [memoryview(content)])
+    elif read_file(storage, name) != content:
+        click.echo(f"kept {target}, which differs from {config}", err=True)
         return config
-    target = os.path.join(os.path.dirname(written), os.path.basename(config))
-    if os.path.exists(target):
-        if not os.path.samefile(config, target) and _content(config) != _content(target):
-            click.echo(f"kept {target}, which differs from {config}", err=True)
-            return config
-        return target
-    shutil.copyfile(config, target)
     return target
-
-
-def _content(path: str) -> bytes:
-    with open(path, "rb") as file:
-        return file.read()

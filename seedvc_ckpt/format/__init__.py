@@ -6,6 +6,7 @@ when they are needed, so that listing and verifying start without it.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Protocol
 
 __all__ = ["Source"]
@@ -31,6 +32,9 @@ class Source(Protocol):
             CorruptCheckpointError: if the bytes end before the buffer is full.
             StorageError: if reading failed.
         """
+
+    def announce(self, stretches: Iterable[tuple[int, int]]) -> None:
+        """Say which (start, end) will be read next, each once: what is far away is fetched ahead."""
 
     def map(self) -> memoryview | None:
         """The bytes mapped into memory, writable without changing the file; None where that can't be done."""

@@ -45,13 +45,13 @@ class Archive:
         source: Where the bytes are.
         root: The folder inside the archive that holds every record.
         records: The records by their names below the root, in the directory's order.
-        directory_offset: Where the central directory begins.
+        end: The bytes from the central directory on.
     """
 
     source: Source
     root: str
     records: Mapping[str, Record]
-    directory_offset: int
+    end: bytes
     _limits: Mapping[int, int]
 
     @classmethod
@@ -62,9 +62,8 @@ class Archive:
             CorruptCheckpointError: if the file is cut, overlaps itself, or is not laid out as torch does it.
             UnsafeCheckpointError: if it is in torch's format of before 1.6, which can't be read safely.
         """
-        offset, size, count, tail = _find_directory(source)
-        directory = tail if len(tail) == size else read(source, offset, size)
-        entries = list(_entries(source.name, directory, count))
+        offset, size, count, end = _find_directory(source)
+        entries = list(_entries(source.name, end[:size], count))
         names = [record.name for record in entries]
         root = names[0].partition("/")[0]
         records = {name[len(root) + 1 :]: record for name, record in zip(names, entries, strict=True)}
@@ -75,7 +74,12 @@ class Archive:
         overlapping = any(r.header_offset + zb.LOCAL.size + r.size > limits[r.header_offset] for r in entries)
         if overlapping or len(limits) < len(order) or PICKLE not in records:
             raise _corrupt(source, "the zip directory", f"has overlapping records, or none named {PICKLE}")
-        return cls(source, root, records, offset, limits)
+        return cls(source, root, records, end, limits)
+
+    @property
+    def directory_offset(self) -> int:
+        """Where the central directory begins."""
+        return self.source.size - len(self.end)
 
     @property
     def ours(self) -> bool:
@@ -103,6 +107,11 @@ class Archive:
         self.fill(name, memoryview(buffer))
         return bytes(buffer)
 
+    def announce(self, names: Iterable[str]) -> None:
+        """Say that these records will be read next, each once and as a whole."""
+        offsets = (self.records[name].header_offset for name in names)
+        self.source.announce((offset, self._limits[offset]) for offset in offsets)
+
     def fill(self, name: str, buffer: memoryview, *, verify: bool = True, holds: str = "") -> None:
         """Read a whole record into `buffer`, which has its size.
 
@@ -121,11 +130,22 @@ class Archive:
             raise _crc_error(self.source, name, holds)
 
     def data_offset(self, name: str) -> int:
-        """Where a record's contents begin; checks its local header against the directory."""
+        """Where a record's contents begin; checks its local header against the directory.
+
+        Raises:
+            CorruptCheckpointError: if it contradicts the directory or, in a file of this library, is not exactly what
+                was written.
+        """
         record = self.records[name]
+        if self.ours:
+            expected = zb.local_header(record)
+            start = record.header_offset + len(expected)
+            if read(self.source, record.header_offset, len(expected)) != expected:
+                raise _corrupt(self.source, name, "its header is not the one that was written")
+            return start
         header = read(self.source, record.header_offset, zb.LOCAL.size)
         signature, _, flags, method, _, _, crc, packed, size, name_size, extra_size = zb.LOCAL.unpack(header)
-        start: int = record.header_offset + zb.LOCAL.size + name_size + extra_size
+        start = int(record.header_offset + zb.LOCAL.size + name_size + extra_size)
         if signature != zb.LOCAL_SIGNATURE or start + record.size > self._limits[record.header_offset]:
             raise _corrupt(self.source, name, "its header is damaged, or it overlaps what follows")
         found = read(self.source, record.header_offset + zb.LOCAL.size, name_size)
@@ -151,6 +171,7 @@ class Archive:
             CorruptCheckpointError: naming the first damaged record.
         """
         self.check_layout()
+        self.announce(self.records)
         guard = threading.Lock()
 
         def one_at_a_time(count: int) -> None:
@@ -188,21 +209,19 @@ class Archive:
             raise _crc_error(self.source, name, holds(name))
 
     def check_layout(self) -> None:
-        """Compare every byte outside the records' contents with what this library writes there.
+        """Compare the directory, to the last byte, with what this library writes for these records.
 
-        Files of others are laid out in many ways: of theirs only the headers are compared with the directory,
-        when a record is read.
+        With their headers, which are compared when a record is read, those are all bytes outside of the records'
+        contents. Files of others are laid out in many ways.
         """
         if not self.ours:
             return
         offset = 0
-        for name, record in self.records.items():
-            size = zb.local_header_size(record.name, record.size, offset)
-            if record.header_offset != offset or read(self.source, offset, size) != zb.local_header(record):
-                raise _corrupt(self.source, name, "its header is not the one that was written")
-            offset += size + record.size
-        expected = zb.directory_bytes(list(self.records.values()), offset)
-        if offset + len(expected) != self.source.size or read(self.source, offset, len(expected)) != expected:
+        for record in self.records.values():
+            if record.header_offset != offset:
+                raise _corrupt(self.source, "the zip directory", "is not the one that was written")
+            offset += zb.local_header_size(record.name, record.size, offset) + record.size
+        if zb.directory_bytes(list(self.records.values()), offset) != self.end:
             raise _corrupt(self.source, "the zip directory", "is not the one that was written")
 
 
@@ -222,7 +241,7 @@ def _crc_error(source: Source, name: str, holds: str) -> CorruptCheckpointError:
 
 
 def _find_directory(source: Source) -> tuple[int, int, int, bytes]:
-    """(offset, size, number of entries) of the central directory, and its bytes where they were at hand."""
+    """(offset, size, number of entries) of the central directory, and all bytes from there on."""
     if source.size < zb.END.size:
         raise _corrupt(source, "", f"only {source.size} bytes: not a checkpoint, or one cut short")
     tail = read(source, max(0, source.size - _TAIL), min(_TAIL, source.size))
@@ -237,7 +256,7 @@ def _find_directory(source: Source) -> tuple[int, int, int, bytes]:
     if offset + size != end or size > _MAX_DIRECTORY or not 0 < count <= MAX_RECORDS:
         raise _corrupt(source, "the zip directory", f"{count} records, {size} bytes at {offset}: does not fit the file")
     at = offset - (source.size - len(tail))
-    return offset, size, count, tail[at : at + size] if at >= 0 else b""
+    return offset, size, count, tail[at:] if at >= 0 else read(source, offset, source.size - offset)
 
 
 def _zip64_end(source: Source, end: int) -> tuple[int, int, int, int]:

@@ -46,7 +46,10 @@ def compare(first: Archive, second: Archive) -> Iterator[Difference]:
     Raises:
         CorruptCheckpointError: if a tensor is damaged.
     """
-    yield from _Comparison(first, second).values(read_tree(first), read_tree(second), ())
+    trees = read_tree(first), read_tree(second)
+    for archive in (first, second):
+        archive.announce(name for name in archive.records if name.startswith("data/"))
+    yield from _Comparison(first, second).values(*trees, ())
 
 
 class _Comparison:

@@ -61,6 +61,14 @@ class Encoded:
         """The same file, its records' bytes read from elsewhere."""
         return Encoded(records, self.manifest, self.check)
 
+    def of_epoch(self, epoch: int | None) -> Encoded:
+        """The same file, its manifest naming the lease under which it is written."""
+        if epoch is None:
+            return self
+        manifest = self.manifest.model_copy(update={"lease_epoch": epoch})
+        changed = _constant(MANIFEST, manifest.to_json())
+        return Encoded([changed if old.name == MANIFEST else old for old in self.records], manifest, self.check)
+
     def __iter__(self) -> Iterator[memoryview]:
         chunks = _in_large_chunks(self._chunks())
         return ahead(chunks) if self.size >= _WORTH_A_THREAD else chunks
@@ -150,6 +158,7 @@ def decode(
         for record in archive.records:
             if record not in keys:
                 archive.verify_record(record)
+    archive.announce(keys)
     device = torch.device(map_location)
     loaded: dict[str, torch.UntypedStorage] = {}
 

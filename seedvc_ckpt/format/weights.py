@@ -57,6 +57,7 @@ def as_torch_zip(
     """``{"net": weights}`` as a torch zip file; tensors that share memory go on sharing it."""
     reader = TensorReader(archive)
     moved: dict[int, TensorRef] = {}
+    _announce(archive, weights)
     records = []
     for key, users in enumerate(_sharing(weights)):
         convert = _converter(*users[0], dtype, allow_non_finite=allow_non_finite)
@@ -107,6 +108,7 @@ def as_safetensors(
 ) -> Safetensors:
     """The weights under names such as ``cfm.estimator.input_pos``, the manifest in the header."""
     reader = TensorReader(archive)
+    _announce(archive, weights)
     records: dict[str, tuple[str, tuple[int, ...], RecordSource]] = {}
     for name, ref in _named(weights):
         kind = _target(ref, dtype)
@@ -126,6 +128,10 @@ def _named(weights: Weights) -> Iterator[tuple[str, TensorRef]]:
     for module, tensors in weights.items():
         for name, ref in tensors.items():
             yield f"{module}.{name}", ref
+
+
+def _announce(archive: Archive, weights: Weights) -> None:
+    archive.announce({f"data/{ref.storage.key}" for _, ref in _named(weights)})
 
 
 def _sharing(weights: Weights) -> list[list[tuple[str, TensorRef]]]:

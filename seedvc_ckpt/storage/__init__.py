@@ -13,7 +13,17 @@ from seedvc_ckpt.errors import StorageError
 from seedvc_ckpt.storage.condition import Finding
 from seedvc_ckpt.storage.leftovers import Leftover
 
-__all__ = ["Blob", "Entry", "Stat", "Storage", "open_parent", "open_storage"]
+__all__ = [
+    "Blob",
+    "Entry",
+    "Lease",
+    "Stat",
+    "Storage",
+    "open_parent",
+    "open_storage",
+    "plain_location",
+    "read_file",
+]
 
 _URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://(?P<rest>.*)", re.DOTALL)
 
@@ -29,7 +39,7 @@ class Stat(NamedTuple):
 
     size: int
     modified: datetime
-    identity: tuple[int, ...] = ()
+    identity: tuple[int | str, ...] = ()
 
 
 class Entry(Protocol):
@@ -53,6 +63,9 @@ class Blob(Protocol):
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` from `offset`."""
 
+    def announce(self, stretches: Iterable[tuple[int, int]]) -> None:
+        """Say which (start, end) will be read next, each once: a server is asked for them ahead."""
+
     def map(self) -> memoryview | None:
         """The bytes mapped into memory, private to this process; None where that can't be done."""
 
@@ -66,11 +79,18 @@ class Blob(Protocol):
 class Lease(Protocol):
     """The right to write, until `release`."""
 
+    @property
+    def epoch(self) -> int | None:
+        """Larger for each holder, where a holder that lost it may not know yet; None where that can't be."""
+
     def check(self) -> None:
-        """Make sure that it is still ours. Raises LeaseHeldError if it is not."""
+        """Make sure that it is still ours. Raises LeaseHeldError if it is not, StorageError if that can't be told."""
 
     def release(self) -> None:
-        """Give it back. Doing it twice does no harm."""
+        """Give it back, without waiting for a server to know it. Doing it twice does no harm."""
+
+    def close(self) -> None:
+        """Give it back, and wait until that is known."""
 
 
 class Storage(Protocol):
@@ -79,6 +99,9 @@ class Storage(Protocol):
     @property
     def location(self) -> str:
         """Where it is, for people: a path or URL without secrets."""
+
+    def below(self, folder: str) -> Storage:
+        """The folder of that name in it."""
 
     def list(self) -> Iterator[Entry]:
         """The files directly in it, in no order; none when it does not exist.
@@ -129,18 +152,25 @@ class Storage(Protocol):
         *,
         overwrite: bool = False,
         before: Callable[[], None] = lambda: None,
+        cleared: Callable[[], bool] = lambda: False,
     ) -> Stat:
         """Make a file of `size` bytes appear under `name`, complete and durable, or not at all.
 
-        `before` is called when all is written, just before the file appears; what it raises stops that.
+        `before` is called when all is written, just before the file appears; what it raises stops that. `cleared` is
+        called where the name is taken, though it should not be; it may move that file away, and says whether it did.
 
         Raises:
             FileExistsError: if the name is taken and `overwrite` is false.
             SaveFailedError: if it can't be written; nothing has changed.
         """
 
-    def delete(self, name: str) -> None:
-        """Delete a file. Raises FileNotFoundError if it is gone already, StorageError if that is refused."""
+    def delete(self, name: str, *, seen: Stat | None = None) -> None:
+        """Delete a file; where the storage can, only if it is still the one that was `seen`.
+
+        Raises:
+            FileNotFoundError: if it is gone already, where the storage tells.
+            StorageError: if that is refused.
+        """
 
     def set_aside(self, name: str, reason: str) -> str:
         """Move a file to ``aside/``, with the reason beside it, and return its new name there."""
@@ -151,6 +181,7 @@ def open_storage(
     *,
     storage_options: Mapping[str, Any] | None = None,
     fs: Any = None,
+    lease_seconds: float = 30.0,
 ) -> Storage:
     """The storage at a path or URL. Only ``scheme://`` makes a URL: any other text is a local path as it stands.
 
@@ -158,9 +189,10 @@ def open_storage(
         location: A folder that need not exist yet; a storage is taken as it is.
         storage_options: Passed to the fsspec filesystem of a URL.
         fs: An fsspec filesystem to use instead; `location` is then a path on it.
+        lease_seconds: How long a writer on a server may be silent before another may take its lease.
 
     Raises:
-        StorageError: for a kind of storage that is not supported.
+        StorageError: for a kind of storage that can't be used.
     """
     if not isinstance(location, (str, bytes, os.PathLike)):
         return location
@@ -170,24 +202,40 @@ def open_storage(
     from seedvc_ckpt.storage.local import LocalStorage
 
     match = _URL.match(text)
-    scheme = match["scheme"] if match else ""
+    scheme = match["scheme"].lower() if match else ""
     path = match["rest"] if match else text
-    if fs is None and scheme in ("", "file", "local"):
+    if fs is not None:
+        if "file" in ([fs.protocol] if isinstance(fs.protocol, str) else fs.protocol):
+            return LocalStorage(path)
+        from seedvc_ckpt.storage.connect import open_filesystem
+
+        return open_filesystem(fs, text, lease_seconds)
+    if scheme in ("", "file", "local"):
         if not path:
             raise StorageError(f"{text!r} names no folder: write the path after it")
         return LocalStorage(path)
-    if fs is not None:
-        protocols = [fs.protocol] if isinstance(fs.protocol, str) else list(fs.protocol)
-        if "file" in protocols:
-            return LocalStorage(path)
-        scheme = "memory" if "memory" in protocols else protocols[0]
-    if scheme != "memory":
-        raise StorageError(
-            f"stores on {scheme}:// are not supported by this version: use a local folder, or memory:// in tests"
-        )
-    from seedvc_ckpt.storage.object_store import ObjectStorage, memory_filesystem
+    from seedvc_ckpt.storage.connect import open_url  # fsspec is slow to import
 
-    return ObjectStorage(fs or memory_filesystem(storage_options or {}), path, f"memory://{path}")
+    return open_url(scheme, path, storage_options or {}, lease_seconds)
+
+
+def read_file(storage: Storage, name: str) -> bytes:
+    """The contents of a file that fits into memory. Raises as `Storage.open` does."""
+    with storage.open(name) as blob:
+        buffer = bytearray(blob.size)
+        blob.read_into(0, memoryview(buffer))
+        return bytes(buffer)
+
+
+def plain_location(url: str) -> str:
+    """A location without the part that may hold a name and password, and without a query."""
+    match = _URL.match(url)
+    if not match or match["scheme"] in ("memory", "file", "local"):
+        return url
+    authority, slash, path = match["rest"].partition("/")
+    if match["scheme"] not in ("abfs", "abfss"):  # there the container stands before the @
+        authority = authority.rpartition("@")[2]
+    return f"{match['scheme']}://{authority}{slash}{path}".partition("?")[0]
 
 
 def open_parent(location: str | os.PathLike[str]) -> tuple[Storage, str]:

@@ -40,6 +40,11 @@ class LocalLease:
     def __init__(self, folder: str) -> None:
         self._held: _Held | None = _take(os.path.realpath(folder))
 
+    @property
+    def epoch(self) -> int | None:
+        """None: the kernel takes the lock away with the process, so no holder can be stale."""
+        return None
+
     def check(self) -> None:
         """Make sure that the lease is still ours; called just before anything in the folder changes.
 
@@ -58,6 +63,10 @@ class LocalLease:
         if held is not None and held.process == os.getpid():
             _returned.append(held)
             _settle()
+
+    def close(self) -> None:
+        """`release`, which is known at once."""
+        self.release()
 
 
 class _Held:

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import re
 import stat as statmodule
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 
 if sys.platform != "win32":
     import fcntl
 
-__all__ = ["Leftover", "find_leftovers", "process_start", "remove_leftover", "temporary_name"]
+__all__ = [
+    "Leftover",
+    "find_leftovers",
+    "is_temporary",
+    "process_start",
+    "remove_leftover",
+    "temporary_name",
+    "this_machine",
+    "why_dead",
+]
 
 _NAME = re.compile(r"\.tmp-[0-9a-f]{16}-([0-9]+)-([0-9]+)-(.*)", re.DOTALL)
 _FOREIGN_AGE = 24 * 3600.0  # seconds; longer than any save takes on a host that we can't ask
@@ -36,9 +46,52 @@ class Leftover:
     why: str
 
 
-def temporary_name() -> str:
-    """A name that no listing takes for a checkpoint and nobody can guess; says who is writing."""
-    return f".tmp-{os.urandom(8).hex()}-{os.getpid()}-{process_start(os.getpid())}-{platform.node()[:64]}"
+def temporary_name(host: str | None = None) -> str:
+    """A name that no listing takes for a checkpoint and nobody can guess; says who is writing.
+
+    Args:
+        host: What tells this machine from others; its name by default.
+    """
+    host = platform.node()[:64] if host is None else host
+    return f".tmp-{os.urandom(8).hex()}-{os.getpid()}-{process_start(os.getpid())}-{host}"
+
+
+def this_machine() -> str:
+    """This boot and process namespace, within which process numbers mean the same; "" where that is not told.
+
+    On a server machines meet that may have one name.
+    """
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            place = f"{file.read().strip()}/{os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:
+        return ""
+    return hashlib.sha256(place.encode()).hexdigest()[:16]
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a name is of `temporary_name`'s making."""
+    return _NAME.fullmatch(name) is not None
+
+
+def why_dead(name: str, modified: float, now: Callable[[], float] = time.time, host: str | None = None) -> str | None:
+    """How we know that the writer of a temporary file is gone; None if we don't.
+
+    Args:
+        name: The file's name.
+        modified: When it was written, in seconds since 1970.
+        now: The time by the same clock.
+        host: What was given to `temporary_name` on this machine.
+    """
+    match = _NAME.fullmatch(name)
+    if match is None:
+        return None
+    process, start, wrote = match.groups()
+    if wrote and wrote == (platform.node()[:64] if host is None else host):
+        running = process_start(int(process))
+        return None if running in (start, "0") else f"process {process} of this host is gone"
+    age = now() - modified
+    return f"from {wrote or 'another host'}, {age / 3600:.0f} hours old" if age > _FOREIGN_AGE else None
 
 
 def process_start(process: int) -> str | None:
@@ -92,15 +145,7 @@ def _judge(path: str, name: str) -> Leftover | None:
 
 
 def _writer_is_gone(path: str, name: str, found: os.stat_result) -> str | None:
-    match = _NAME.fullmatch(os.path.basename(name))
-    if match is None:
-        return None
-    process, start, host = match.groups()
-    if host == platform.node()[:64]:
-        running = process_start(int(process))
-        return None if running in (start, "0") else f"process {process} of this host is gone"
-    age = _now_of(os.path.dirname(path)) - found.st_mtime
-    return f"from {host}, {age / 3600:.0f} hours old" if age > _FOREIGN_AGE else None
+    return why_dead(os.path.basename(name), found.st_mtime, lambda: _now_of(os.path.dirname(path)))
 
 
 def _unlocked(path: str, before: os.stat_result) -> bool:

@@ -69,6 +69,10 @@ class LocalStorage:
         """The folder's path, as it was given."""
         return self._folder
 
+    def below(self, folder: str) -> LocalStorage:
+        """The folder of that name in it."""
+        return LocalStorage(self._path(folder))
+
     def list(self) -> Iterator[_LocalEntry]:
         """The files in the folder; symlinks to files count, those that lead nowhere don't."""
         try:
@@ -157,6 +161,7 @@ class LocalStorage:
         *,
         overwrite: bool = False,
         before: Callable[[], None] = lambda: None,
+        cleared: Callable[[], bool] = lambda: False,  # noqa: ARG002 - a lock of the kernel's leaves no stale writer
     ) -> Stat:
         """Make a complete, durable file appear under `name`, or nothing.
 
@@ -211,7 +216,7 @@ class LocalStorage:
             _close(descriptor)
         return found
 
-    def delete(self, name: str) -> None:
+    def delete(self, name: str, *, seen: Stat | None = None) -> None:  # noqa: ARG002 - the lease keeps others away
         """Delete a file, or the link where it is one."""
         try:
             os.unlink(self._path(name))
@@ -222,14 +227,16 @@ class LocalStorage:
 
     def set_aside(self, name: str, reason: str) -> str:
         """Move a file to ``aside/`` in the folder, under its name or, where that is taken, with a number added."""
-        aside = LocalStorage(os.path.join(self._folder, "aside"))
+        aside = self.below("aside")
         candidates = itertools.chain([name], (f"{name}.{number}" for number in itertools.count(1)))
         try:
             os.makedirs(aside.location, exist_ok=True)
-            target = next(candidate for candidate in candidates if not os.path.lexists(aside._path(candidate)))
+            target = next(
+                candidate for candidate in candidates if not os.path.lexists(os.path.join(aside.location, candidate))
+            )
             note = os.fsencode(f"{reason}\n")
             aside.publish(f"{target}.reason.txt", len(note), [memoryview(note)], overwrite=True)
-            os.rename(self._path(name), aside._path(target))
+            os.rename(self._path(name), os.path.join(aside.location, target))
             _sync_folder(aside.location)
             _sync_folder(self._folder)
         except OSError as error:
@@ -300,6 +307,9 @@ class _LocalBlob:
             if not got:
                 raise CorruptCheckpointError(self.name, "", f"ends at byte {offset + done:,}, where more should follow")
             done += got
+
+    def announce(self, stretches: Iterable[tuple[int, int]]) -> None:
+        """Nothing to do: the kernel reads ahead."""
 
     def map(self) -> memoryview | None:
         try:

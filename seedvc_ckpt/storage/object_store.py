@@ -1,93 +1,133 @@
-"""Objects under a prefix, each written by one request."""
+"""Objects under a prefix of a bucket, each made to appear by one request."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from datetime import datetime, timezone
+import json
+import logging
+import uuid
+from collections import deque
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
 from itertools import chain, count
-from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
-from seedvc_ckpt.errors import CheckpointNotFoundError, CorruptCheckpointError, SaveFailedError, StorageError
+from seedvc_ckpt.errors import CheckpointError, CheckpointNotFoundError, SaveFailedError, StorageError
 from seedvc_ckpt.storage import Lease, Stat
+from seedvc_ckpt.storage.bucket import ABSENT, ANY, Bucket, ConditionFailedError, Found, Upload
 from seedvc_ckpt.storage.condition import Finding, note
-from seedvc_ckpt.storage.leftovers import Leftover
+from seedvc_ckpt.storage.leftovers import Leftover, is_temporary, temporary_name, this_machine, why_dead
+from seedvc_ckpt.storage.promises import examine_store, probe_bucket, probed
+from seedvc_ckpt.storage.ranges import RemoteBlob
+from seedvc_ckpt.storage.remote import Client, failure_of, in_words
+from seedvc_ckpt.storage.shared_lease import LeaseRecord, SharedLease
 
-__all__ = ["ObjectStorage", "memory_filesystem"]
+__all__ = ["MemoryStorage", "ObjectStorage"]
 
+_T = TypeVar("_T")
+_log = logging.getLogger(__name__)
 
-def memory_filesystem(options: Mapping[str, Any]) -> Any:
-    """The fsspec store in this process's memory."""
-    import fsspec
-
-    return fsspec.filesystem("memory", skip_instance_cache=True, **options)
+_PART = 16 << 20  # bytes; so many times `Bucket.parallel` are in memory, and once more in the client library
+_UNIT = 256 << 10  # bytes; Google takes only multiples
+_MAX_PARTS = 10_000  # what S3 takes; the others take more
 
 
 class ObjectStorage:
-    """Objects on an fsspec filesystem.
+    """A prefix in a bucket.
 
-    Only the calls that end in ``_file``, ``info`` and ``ls`` are used: the others expand globs in names.
+    Args:
+        client: The connection.
+        bucket: The objects, by the calls of their service.
+        prefix: What all names begin with: "" or something that ends in "/".
+        location: The URL, for people.
+        lease_seconds: How long a lease outlives its writer.
     """
 
-    def __init__(self, fs: Any, prefix: str, location: str) -> None:
-        self._fs = fs
-        self._prefix = prefix.strip("/")
+    def __init__(self, client: Client, bucket: Bucket, prefix: str, location: str, lease_seconds: float) -> None:
+        self._client = client
+        self._bucket = bucket
+        self._prefix = prefix
         self._location = location
+        self._lease_seconds = lease_seconds
 
     @property
     def location(self) -> str:
-        """The URL, as it was given."""
+        """The URL, without name and password."""
         return self._location
 
+    def below(self, folder: str) -> ObjectStorage:
+        """The objects whose names begin with that of the folder."""
+        prefix = f"{self._prefix}{folder}/"
+        return type(self)(self._client, self._bucket, prefix, self._url(folder), self._lease_seconds)
+
     def list(self) -> Iterator[_ObjectEntry]:
-        """The objects directly under the prefix."""
-        try:
-            found = self._fs.ls(f"/{self._prefix}", detail=True)
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            raise StorageError(f"can't list {self._location}: {error}") from error
-        for info in found:
-            folder, _, name = info["name"].rpartition("/")
-            if info["type"] == "file" and folder.strip("/") == self._prefix:
-                yield _ObjectEntry(self, name)
+        """The objects directly under the prefix, asked for anew each time."""
+        for found in self._ask("list", self._bucket.list(self._prefix)):
+            name = found.key[len(self._prefix) :]
+            if name and "/" not in name:
+                yield _ObjectEntry(name, _stat(found))
 
     def stat(self, name: str) -> Stat | None:
         """Size and time of an object, None where there is none."""
-        try:
-            return _stat(self._fs.info(self._path(name)))
-        except FileNotFoundError:
-            return None
+        found = self._head(name)
+        return _stat(found) if found else None
 
-    def open(self, name: str) -> _ObjectBlob:
+    def open(self, name: str) -> RemoteBlob:
         """Open an object for reading."""
-        found = self.stat(name)
+        found = self._head(name)
         if found is None:
             raise CheckpointNotFoundError(f"there is no file {name} in {self._location}")
-        return _ObjectBlob(self._fs, self._path(name), f"{self._location.rstrip('/')}/{name}", found.size)
+
+        def fetch(offset: int, size: int) -> Future[bytes]:
+            return self._client.start(self._bucket.read(found.key, offset, size, found.tag))
+
+        return RemoteBlob(self._url(name), found.size, fetch, self._client.wait, self._words)
 
     def lease(self) -> Lease:
-        """Nothing to take: what is in this process's memory has no other writer."""
-        return _NoLease()
+        """Take the right to write; what the store can promise is found out first, once."""
+        probed(self, lambda: probe_bucket(self._client, self._bucket, self._prefix))
+        return SharedLease.take(self, self._lease_seconds)
 
     def leftovers(self) -> Sequence[Leftover]:
-        """None: an object is put in one request."""
-        return ()
+        """Uploads of writers that died: they cost money, and no listing shows them.
+
+        Each upload is announced by an object that names its writer, as a temporary file on a disk does.
+        """
+        if not self._bucket.lists_uploads:
+            return ()
+        found = self._ask("list", self._bucket.list(self._prefix))
+        temporary = [(entry.key[len(self._prefix) :], entry) for entry in found]
+        names = [
+            (name, why_dead(name, entry.modified.timestamp(), host=this_machine()))
+            for name, entry in temporary
+            if is_temporary(name)
+        ]
+        return [Leftover(name, 0, why) for name, why in names if why]
 
     def remove_leftover(self, leftover: Leftover) -> None:
-        """Nothing to remove."""
+        """Abort such an upload, and remove its announcement."""
+        announced = self.read_small(leftover.name)
+        if announced is None:
+            return
+        with suppress(ValueError, KeyError, TypeError):  # cut short, so that its upload was not begun
+            record = json.loads(announced)
+            key, upload = str(record["key"]), str(record["upload"])
+            self._ask("abort an upload to", self._bucket.abort(key, upload))
+        with suppress(FileNotFoundError):
+            self.delete(leftover.name)
 
     def holder(self) -> str:
-        """Nobody: see `lease`."""
-        return ""
+        """Who has the lease now."""
+        record = LeaseRecord.newest(self)
+        return record.holder if record is not None and not record.released and not record.ours else ""
 
     def free(self) -> int | None:
         """Not known."""
         return None
 
     def examine(self) -> Sequence[Finding]:
-        """What is in memory ends with the process."""
-        return (note(self._location, "lies in this process's memory", "save to a disk to keep it"),)
+        """What the store can't promise."""
+        return list(examine_store(self))
 
     def publish(
         self,
@@ -97,97 +137,275 @@ class ObjectStorage:
         *,
         overwrite: bool = False,
         before: Callable[[], None] = lambda: None,
+        cleared: Callable[[], bool] = lambda: False,
     ) -> Stat:
-        """Put the object in one request, which fails where the name is taken unless `overwrite` is true."""
-        content = b"".join(chunks)
-        if len(content) != size:
-            raise SaveFailedError(f"{name}: {len(content)} bytes were to be written, {size} announced", needed=size)
-        try:
-            before()
-            self._fs.pipe_file(self._path(name), content, mode="overwrite" if overwrite else "create")
-            return _stat(self._fs.info(self._path(name)))
-        except FileExistsError:
-            raise
-        except OSError as error:
-            raise SaveFailedError(f"saving {name} in {self._location} failed: {error}", needed=size) from error
+        """Make the object appear, whole, or nothing.
 
-    def delete(self, name: str) -> None:
-        """Delete an object."""
-        self._fs.rm_file(self._path(name))
+        Small ones go in one request; larger ones in parts, several at a time, which nobody sees until the last
+        request joins them. If its answer is lost, the object is looked at: it carries the id of the write.
+        """
+        key, write_id = self._prefix + name, uuid.uuid4().hex
+        try:
+            there = self._head(name)
+            if there is not None and not overwrite and not cleared():
+                raise FileExistsError(name)
+            write = _Write(key, write_id, there.tag if there is not None and overwrite else ABSENT, before, cleared)
+            if size <= _PART:
+                self._put(write, _joined(name, size, chunks))
+            else:
+                self._upload(write, name, size, chunks)
+            found = self._head(name)
+        except (FileExistsError, SaveFailedError, _InDoubtError):
+            raise
+        except StorageError as error:
+            raise self._failed(name, size, str(error)) from None
+        if found is None or found.size != size:
+            raise StorageError(f"{name} was written to {self._location}, but is {found and found.size} bytes there now")
+        return _stat(found)
+
+    def delete(self, name: str, *, seen: Stat | None = None) -> None:
+        """Delete an object, where the service can only if it is still the one that was seen."""
+        tag = str(seen.identity[0]) if seen is not None and seen.identity else None
+        try:
+            self._ask("delete from", self._bucket.delete(self._prefix + name, tag))
+        except ConditionFailedError:
+            raise StorageError(f"{self._url(name)} was replaced by another writer, and left as it is") from None
 
     def set_aside(self, name: str, reason: str) -> str:
         """Move an object to ``aside/``, under its name or, where that is taken, with a number added."""
-        content = self._fs.cat_file(self._path(name))
-        for candidate in chain([name], (f"{name}.{number}" for number in count(1))):
-            target = f"aside/{candidate}"
-            try:
-                self._fs.pipe_file(self._path(target), content, mode="create")
-            except FileExistsError:
-                continue
-            self._fs.pipe_file(self._path(f"{target}.reason.txt"), f"{reason}\n".encode())
-            self._fs.rm_file(self._path(name))
-            return target
-        raise AssertionError("unreachable: the numbers don't end")
+        below = f"{self._prefix}aside/"
+        taken = {found.key for found in self._ask("list", self._bucket.list(below))}
+        candidates = chain([name], (f"{name}.{number}" for number in count(1)))
+        target = next(candidate for candidate in candidates if below + candidate not in taken)
+        there = self._head(name)
+        if there is None:
+            raise CheckpointNotFoundError(f"there is no file {name} in {self._location} to set aside")
+        note = f"{reason}\n".encode()
+        self._ask("write to", self._bucket.put(f"{below}{target}.reason.txt", note, uuid.uuid4().hex, ANY))
+        self._ask("copy in", self._bucket.copy(there.key, below + target))
+        copied = self._ask("look into", self._bucket.head(below + target))
+        if copied is None or copied.size != there.size:
+            raise StorageError(f"can't set {self._url(name)} aside: its copy is not complete, so it was left there")
+        self.delete(name, seen=_stat(there))
+        return f"aside/{target}"
 
-    def _path(self, name: str) -> str:
-        return f"/{self._prefix}/{name}" if self._prefix else f"/{name}"
+    def read_small(self, name: str) -> bytes | None:
+        """The contents of a small object, None where there is none."""
+        found = self._head(name)
+        if found is None or not found.size:
+            return None if found is None else b""
+        try:
+            return self._ask("read from", self._bucket.read(found.key, 0, found.size, found.tag))
+        except FileNotFoundError:
+            return None
+
+    def names(self, prefix: str) -> Sequence[str]:
+        """The names that begin with `prefix`."""
+        found = self._ask("list", self._bucket.list(self._prefix + prefix))
+        return [entry.key[len(self._prefix) :] for entry in found]
+
+    def put_small(self, name: str, content: bytes, *, create: bool) -> None:
+        """Write a small object; with `create` only where there is none. Raises FileExistsError."""
+        try:
+            write = _Write(self._prefix + name, uuid.uuid4().hex, ABSENT if create else ANY)
+            self._put(write, bytearray(content))
+        except SaveFailedError as error:
+            raise StorageError(str(error)) from None
+
+    def _put(self, write: _Write, content: bytearray) -> None:
+        write.before()
+        self._settle(write, lambda: self._bucket.put(write.key, content, write.id, write.condition))
+
+    def _upload(self, write: _Write, name: str, size: int, chunks: Iterable[memoryview]) -> None:
+        upload = self._ask("write to", self._bucket.begin(write.key, size, write.id, write.condition))
+        pending: deque[Future[None]] = deque()
+        announcement = ""
+        try:
+            announcement = self._announce(write.key, upload)
+            for number, (part, last) in enumerate(_parts(name, size, chunks)):
+                if len(pending) == self._bucket.parallel:
+                    self._client.wait(pending.popleft())
+                pending.append(self._client.start(upload.part(number, part, last=last)))
+            while pending:
+                self._client.wait(pending.popleft())
+            write.before()
+            if write.condition == ABSENT and self._head(name) is not None and not write.cleared():
+                raise FileExistsError(name)  # not every service refuses it when a large object is completed
+            self._settle(write, upload.complete)
+        except BaseException as error:
+            self._abandon(upload, pending)
+            if not isinstance(error, Exception) or isinstance(error, (CheckpointError, FileExistsError)):
+                raise
+            raise self._failed(name, size, self._words(error)) from None
+        finally:
+            if announcement:
+                with suppress(StorageError, FileNotFoundError):  # the next writer finds it
+                    self.delete(announcement)
+
+    def _announce(self, key: str, upload: Upload) -> str:
+        if not (self._bucket.lists_uploads and upload.id):
+            return ""
+        name = temporary_name(this_machine())
+        self.put_small(name, json.dumps({"key": key, "upload": upload.id}).encode(), create=False)
+        return name
+
+    def _abandon(self, upload: Upload, pending: Iterable[Future[None]]) -> None:
+        for future in pending:
+            future.cancel()
+        try:
+            self._client.run(upload.abort())
+        except Exception as error:  # noqa: BLE001 - whatever a client library raises; the first failure is the news
+            _log.warning("an upload to %s could not be aborted, gc will: %s", self._location, self._words(error))
+
+    def _settle(self, write: _Write, last_request: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Make the last request of a write; where its answer leaves doubt, look whether the object is ours."""
+        while True:
+            try:
+                return self._client.run(last_request())
+            except Exception as error:  # noqa: BLE001 - whatever a client library raises
+                name = write.key[len(self._prefix) :]
+                if not _in_doubt(error):
+                    raise self._failed(name, None, self._words(error)) from None
+                found = self._look_after(write, name, error)
+                if found is not None and found.write_id == write.id:
+                    return None
+                if found is None or not isinstance(error, ConditionFailedError):
+                    raise self._failed(name, None, self._words(error)) from None
+                if write.condition != ABSENT or not write.cleared():
+                    raise FileExistsError(write.key) from None
+
+    def _look_after(self, write: _Write, name: str, error: Exception) -> Found | None:
+        try:
+            return self._ask("look into", self._bucket.head(write.key))
+        except StorageError as second:
+            raise _InDoubtError(
+                f"whether {name} was saved in {self._location} is not known: the answer to its last request was lost "
+                f"({self._words(error)}), and so is the connection ({second}). Older checkpoints are as they were"
+            ) from None
+
+    def _head(self, name: str) -> Found | None:
+        return self._ask("look into", self._bucket.head(self._prefix + name))
+
+    def _ask(self, what: str, call: Coroutine[Any, Any, _T]) -> _T:
+        """Make a call whose failure is a `StorageError`."""
+        try:
+            return self._client.run(call)
+        except (CheckpointError, FileNotFoundError, ConditionFailedError):
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever a client library raises
+            raise StorageError(f"can't {what} {self._location}: {self._words(error)}") from None
+
+    def _words(self, error: BaseException) -> str:
+        if isinstance(error, ConditionFailedError):
+            return "another writer was at it in the same moment: try again"
+        return in_words(error, self._client.redact)
+
+    def _failed(self, name: str, size: int | None, reason: str) -> SaveFailedError:
+        return SaveFailedError(
+            f"saving {name} in {self._location} failed: {reason}. Older checkpoints are as they were", needed=size
+        )
+
+    def _url(self, name: str) -> str:
+        return f"{self._location.rstrip('/')}/{name}"
+
+
+class MemoryStorage(ObjectStorage):
+    """Objects in this process's memory, which has no other writer and ends with it."""
+
+    def lease(self) -> Lease:
+        """Nothing to take."""
+        return _NoLease()
+
+    def holder(self) -> str:
+        """Nobody."""
+        return ""
+
+    def examine(self) -> Sequence[Finding]:
+        """What is in memory ends with the process."""
+        return (note(self._location, "lies in this process's memory", "save to a disk to keep it"),)
 
 
 class _NoLease:
+    epoch = None
+
     def check(self) -> None:
         return
 
     def release(self) -> None:
         return
 
-
-class _ObjectEntry:
-    __slots__ = ("_storage", "name")
-
-    def __init__(self, storage: ObjectStorage, name: str) -> None:
-        self._storage = storage
-        self.name = name
-
-    def stat(self) -> Stat:
-        found = self._storage.stat(self.name)  # the listing of fsspec's memory store has no times
-        if found is None:
-            raise FileNotFoundError(self.name)
-        return found
-
-
-class _ObjectBlob:
-    def __init__(self, fs: Any, path: str, name: str, size: int) -> None:
-        self._fs = fs
-        self._path = path
-        self.name = name
-        self.size = size
-
-    def read_into(self, offset: int, buffer: memoryview) -> None:
-        if not buffer:
-            return
-        try:
-            content = self._fs.cat_file(self._path, start=offset, end=offset + len(buffer))
-        except FileNotFoundError:
-            raise CheckpointNotFoundError(f"{self.name} was deleted while it was read") from None
-        except OSError as error:
-            raise StorageError(f"can't read {self.name}: {error}") from error
-        if len(content) != len(buffer):
-            at = offset + len(content)
-            raise CorruptCheckpointError(self.name, "", f"ends at byte {at:,}, where more should follow")
-        buffer[:] = content
-
-    def map(self) -> memoryview | None:
-        return None
-
-    def __enter__(self) -> _ObjectBlob:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
         return
 
 
-def _stat(info: Mapping[str, Any]) -> Stat:
-    created: datetime = info["created"]
-    return Stat(int(info["size"]), created if created.tzinfo else created.replace(tzinfo=timezone.utc))
+class _InDoubtError(StorageError):
+    """A write that may have happened."""
+
+
+class _Write(NamedTuple):
+    """What the last request of a write needs to know.
+
+    Attributes:
+        key: The object.
+        id: By which it is recognised as ours.
+        condition: Under which it may be written.
+        before: Called before the object appears.
+        cleared: Called when the name is taken; whether it is free now.
+    """
+
+    key: str
+    id: str
+    condition: str | None
+    before: Callable[[], None] = lambda: None
+    cleared: Callable[[], bool] = lambda: False
+
+
+class _ObjectEntry(NamedTuple):
+    name: str
+    found: Stat
+
+    def stat(self) -> Stat:
+        return self.found
+
+
+def _stat(found: Found) -> Stat:
+    return Stat(found.size, found.modified, (found.tag,))
+
+
+def _in_doubt(error: Exception) -> bool:
+    """Whether the object may be there although the request failed: no answer, or one to a repetition of it."""
+    if isinstance(error, (ConditionFailedError, FileNotFoundError, StorageError)):
+        return True
+    status = failure_of(error).status
+    return status == 0 or status >= 500
+
+
+def _joined(name: str, size: int, chunks: Iterable[memoryview]) -> bytearray:
+    content = bytearray()
+    for chunk in chunks:
+        content += chunk
+    _check_size(name, size, len(content))
+    return content
+
+
+def _parts(name: str, size: int, chunks: Iterable[memoryview]) -> Iterator[tuple[bytearray, bool]]:
+    """The bytes in parts of equal size, each with whether it is the last."""
+    limit = -(-max(_PART, -(-size // _MAX_PARTS)) // _UNIT) * _UNIT
+    part, done = bytearray(), 0
+    for chunk in chunks:
+        rest = chunk
+        while rest:
+            taken = rest[: limit - len(part)]
+            part += taken
+            rest = rest[len(taken) :]
+            done += len(taken)
+            if len(part) == limit and done < size:
+                yield part, False
+                part = bytearray()
+    _check_size(name, size, done)
+    yield part, True
+
+
+def _check_size(name: str, size: int, found: int) -> None:
+    if found != size:
+        raise SaveFailedError(f"{name}: {found} bytes were to be written, {size} announced", needed=size)

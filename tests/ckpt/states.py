@@ -38,6 +38,9 @@ class Memory:
             raise CorruptCheckpointError(self.name, "", "ends too early")
         buffer[:] = found
 
+    def announce(self, stretches):
+        """All is at hand."""
+
     def map(self):
         """There is nothing to map."""
 

@@ -371,7 +371,6 @@ def test_bad_files_are_bad_news(command, name, zoo, tool):
         (["ls", "{run}/text.pth"], 2),
         (["ls", "{run}/text.pth/deeper"], 2),
         (["ls", "nosuch://x"], 2),
-        (["ls", "s3://x"], 2),
         (["ls", "file://"], 2),
         (["ls"], 2),
         (["list", "{run}"], 2),

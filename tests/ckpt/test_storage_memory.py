@@ -107,13 +107,16 @@ def test_reading_past_the_end_is_damage(storage):
 
 
 def test_a_filesystem_can_be_given(state):
-    """`fs=` is used as it is: in memory, or the local one, and other kinds are refused."""
+    """`fs=` is used as it is: in memory, or another that fsspec has."""
     fs = fsspec.filesystem("memory")
     CheckpointStore("given/run", fs=fs).save(state(3), 3)
     assert CheckpointStore("memory://given/run").latest().step == 3
     assert fs.ls("/given/run", detail=False) == ["/given/run/DiT_epoch_00000_step_00003.pth"]
-    with pytest.raises(StorageError, match="not supported"):
-        CheckpointStore("x", fs=fsspec.filesystem("dir", path="/", fs=fs))
+    inside = fsspec.filesystem("dir", path="/given", fs=fs)
+    assert CheckpointStore("run", fs=inside).latest().step == 3
+    with CheckpointStore("other", fs=inside) as store:
+        store.save(state(4), 4)
+    assert CheckpointStore("memory://given/other").load(4)["iters"] == 4
 
 
 def test_the_local_filesystem_is_a_folder(run, state):

@@ -298,7 +298,9 @@ def test_a_path_through_a_file_is_a_storage_error(below, tmp_path, state):
     assert (tmp_path / "file").read_text() == "text"
 
 
-@pytest.mark.parametrize("location", ["", "a\0b", b"bytes", "ftp://host/run", "nosuch://x"])
+@pytest.mark.parametrize(
+    "location", ["", "a\0b", b"bytes", "nosuch://x", "s3://", "s3://bucket/run?versionId=3", "sftp:///run"]
+)
 def test_locations_that_cannot_be_used(location):
     """A place that is no store is refused when the store is made."""
     with pytest.raises(StorageError):

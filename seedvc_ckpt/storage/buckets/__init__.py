@@ -1,0 +1,1 @@
+"""Buckets of each service, by the calls of its client library."""

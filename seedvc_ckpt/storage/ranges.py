@@ -1,0 +1,199 @@
+"""A file on a server, read in ranges: what is announced arrives ahead of its reader, many requests at a time."""
+
+from __future__ import annotations
+
+import threading
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from types import TracebackType
+
+from seedvc_ckpt.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError, StorageError
+
+__all__ = ["RemoteBlob"]
+
+_BLOCK = 8 << 20  # bytes a request; more gain nothing
+_WINDOW = 64 << 20  # bytes that wait to be read
+_GAP = 64 << 10  # bytes between two stretches that cost less than another request
+_TAIL = 256 << 10  # bytes; directory, manifest and pickle of most checkpoints in one request
+_CRUMBS = 64 << 10  # bytes of a block that nobody may want: padding, and records that were read before
+
+
+class RemoteBlob:
+    """Bytes of a file, fetched when they are read or, once announced, before.
+
+    Args:
+        name: What errors call it.
+        size: Bytes.
+        fetch: Begins to read (offset, size).
+        wait: Gives what that has read, or raises.
+        explain: Puts an exception of a fetch in words.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        size: int,
+        fetch: Callable[[int, int], Future[bytes]],
+        wait: Callable[[Future[bytes]], bytes],
+        explain: Callable[[Exception], str],
+    ) -> None:
+        self.name = name
+        self.size = size
+        self._fetch = fetch
+        self._wait = wait
+        self._explain = explain
+        self._tail: bytes | None = None
+        self._blocks: Sequence[_Block] = ()
+        self._starts: Sequence[int] = ()
+        self._next = 0
+        self._waiting = 0  # bytes that were asked for and are not read yet
+        self._guard = threading.Lock()
+
+    def announce(self, stretches: Iterable[tuple[int, int]]) -> None:
+        """Say which (start, end) will be read next, each once, roughly in this order."""
+        self._drop()
+        self._blocks = [*_blocks(sorted(stretch for stretch in stretches if stretch[0] < stretch[1]))]
+        self._starts = [block.start for block in self._blocks]
+        self._next = 0
+        self._advance()
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` from `offset`."""
+        while buffer:
+            block = self._block_at(offset)
+            if block is not None:
+                size = min(len(buffer), block.end - offset)
+                content = self._content(block)
+                buffer[:size] = memoryview(content)[offset - block.start : offset - block.start + size]
+                self._consumed(block, size)
+            else:
+                size = min(len(buffer), self._until_announced(offset))
+                buffer[:size] = self._unannounced(offset, size)
+            offset, buffer = offset + size, buffer[size:]
+
+    def map(self) -> memoryview | None:
+        """None: it is not on this machine."""
+        return None
+
+    def __enter__(self) -> RemoteBlob:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._drop()
+
+    def _block_at(self, offset: int) -> _Block | None:
+        number = bisect_right(self._starts, offset) - 1
+        block = self._blocks[number] if number >= 0 else None
+        return block if block is not None and offset < block.end and not block.spent else None
+
+    def _until_announced(self, offset: int) -> int:
+        number = bisect_right(self._starts, offset)
+        while number < len(self._blocks) and self._blocks[number].spent:
+            number += 1
+        return (self._starts[number] if number < len(self._blocks) else self.size) - offset or self.size
+
+    def _unannounced(self, offset: int, size: int) -> memoryview:
+        tail = max(0, self.size - _TAIL)
+        if offset < tail:
+            return memoryview(self._got(self._fetch(offset, size), offset, size))
+        with self._guard:
+            pending = self._tail is None and self._fetch(tail, self.size - tail)
+            if pending:
+                self._tail = self._got(pending, tail, self.size - tail)
+            found = self._tail or b""
+        if offset + size > self.size:
+            raise self._ended(self.size)
+        return memoryview(found)[offset - tail : offset - tail + size]
+
+    def _content(self, block: _Block) -> bytes:
+        with self._guard:
+            if block.future is None:
+                self._sweep()
+                self._begin(block)
+            future = block.future
+        assert future is not None  # noqa: S101 - set by _begin
+        return self._got(future, block.start, block.end - block.start)
+
+    def _consumed(self, block: _Block, size: int) -> None:
+        with self._guard:
+            block.left -= size
+            if block.left <= 0:
+                self._free(block)
+        self._advance()
+
+    def _advance(self) -> None:
+        with self._guard:
+            while self._next < len(self._blocks):
+                block = self._blocks[self._next]
+                if block.future is None and not block.spent:
+                    if self._waiting and self._waiting + block.end - block.start > _WINDOW:
+                        return
+                    self._begin(block)
+                self._next += 1
+
+    def _sweep(self) -> None:
+        """Let go of blocks of which only what nobody asked for is left."""
+        for block in self._blocks[: self._next]:
+            if block.future is not None and not block.spent and block.left <= _CRUMBS < block.end - block.start:
+                self._free(block)
+
+    def _begin(self, block: _Block) -> None:
+        block.future = self._fetch(block.start, block.end - block.start)
+        self._waiting += block.end - block.start
+
+    def _free(self, block: _Block) -> None:
+        if not block.spent:
+            block.spent, block.future = True, None
+            self._waiting -= block.end - block.start
+
+    def _drop(self) -> None:
+        with self._guard:
+            for block in self._blocks:
+                if block.future is not None:
+                    block.future.cancel()
+                    self._free(block)
+            self._blocks = self._starts = ()
+
+    def _got(self, future: Future[bytes], offset: int, size: int) -> bytes:
+        try:
+            found = self._wait(future)
+        except CheckpointError as error:
+            raise StorageError(f"can't read {self.name}: {error}") from None
+        except FileNotFoundError:
+            raise CheckpointNotFoundError(f"{self.name} was deleted or replaced while it was read") from None
+        except Exception as error:  # noqa: BLE001 - whatever a client library raises
+            raise StorageError(f"can't read {self.name}: {self._explain(error)}") from None
+        if len(found) != size:
+            raise self._ended(offset + len(found))
+        return found
+
+    def _ended(self, at: int) -> CorruptCheckpointError:
+        return CorruptCheckpointError(self.name, "", f"ends at byte {at:,}, where more should follow")
+
+
+class _Block:
+    __slots__ = ("end", "future", "left", "spent", "start")
+
+    def __init__(self, start: int, end: int, wanted: int) -> None:
+        self.start = start
+        self.end = end
+        self.left = wanted
+        self.spent = False
+        self.future: Future[bytes] | None = None
+
+
+def _blocks(stretches: Sequence[tuple[int, int]]) -> Iterable[_Block]:
+    """The stretches, joined where they are close and cut where they are long."""
+    joined: list[list[tuple[int, int]]] = []
+    for start, end in stretches:
+        if joined and start - joined[-1][-1][1] <= _GAP:
+            joined[-1].append((start, end))
+        else:
+            joined.append([(start, end)])
+    for group in joined:
+        for start in range(group[0][0], group[-1][1], _BLOCK):
+            end = min(start + _BLOCK, group[-1][1])
+            yield _Block(start, end, sum(max(0, min(end, b) - max(start, a)) for a, b in group))
