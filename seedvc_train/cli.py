@@ -42,7 +42,7 @@ def _run_name(_ctx: click.Context, _parameter: click.Parameter, value: str) -> s
 @click.option("--pretrained-ckpt", metavar="FILE", help="Weights that a new run starts from.")
 @click.option("--dataset-dir", metavar="DIR", help="Recordings of 1 to 30 s, in any folders below it.")
 @click.option("--run-name", default="my_run", show_default=True, callback=_run_name, help="The run's folder.")
-@click.option("--log-dir", metavar="DIR", help="Where runs lie.  [default: the YAML's log_dir]")
+@click.option("--log-dir", metavar="DIR|URL", help="Where runs lie.  [default: the YAML's log_dir]")
 @click.option("--batch-size", type=click.IntRange(min=1), help="Clips a step.  [default: the YAML's]")
 @click.option("--max-steps", type=click.IntRange(min=1), default=1000, show_default=True, help="Steps in all.")
 @click.option("--max-epochs", type=click.IntRange(min=1), default=1000, show_default=True, help="Epochs in all.")
@@ -83,15 +83,14 @@ def command(**options: Any) -> int:
 
 def _train(options: dict[str, Any]) -> int:
     config = load_config(options["config"])
-    log_dir = options["log_dir"] or config.log_dir
-    if "://" in log_dir:
-        raise click.UsageError(f"--log-dir {log_dir}: this version trains into local folders only")
+    folder = f"{(options['log_dir'] or config.log_dir).rstrip('/')}/{options['run_name']}"
     from seedvc_ckpt import CheckpointStore, keep_every, keep_last
     from seedvc_train import run
     from seedvc_train.audio import MelSpectrogram
     from seedvc_train.dataset import ClipDataset, EpochBatches, loader, scan
     from seedvc_train.features.builtin import BuiltinFrontEnd
     from seedvc_train.loop import Limits, train
+    from seedvc_train.metrics import MetricsLog
     from seedvc_train.model import build_model
     from seedvc_train.optim import LEARNING_RATE
     from seedvc_train.randomness import seed_all
@@ -116,11 +115,9 @@ def _train(options: dict[str, Any]) -> int:
 
     seed_all(seed)
     state = TrainingState.fresh(build_model(config.model_params).to(device), options["lr"] or LEARNING_RATE)
-    folder = os.path.join(log_dir, options["run_name"])
     rules = [keep_last(options["keep_last"])]
     if options["keep_every"]:
         rules.append(keep_every(options["keep_every"]))
-    os.makedirs(folder, exist_ok=True)
     with CheckpointStore(folder, retention=rules) as store:
         store.acquire()  # a second trainer must not find out after its first hour
         run.begin(
@@ -133,10 +130,11 @@ def _train(options: dict[str, Any]) -> int:
             allow_changes=options["allow_changes"],
             say=_say,
         )
-        run.keep_config(folder, options["config"])
+        run.keep_config(store.storage, options["config"])
         limits = Limits(options["max_steps"], options["max_epochs"], options["save_every"], config.log_interval)
         saving = Saving(store, state.optimizers.values(), in_background=not options["sync_save"])
-        code = train(state, batches, saving, settings, limits, folder)
+        log = MetricsLog(store.storage, state.step)
+        code = train(state, batches, saving, settings, limits, log)
         if code:
             _say(f"stopped at step {state.step}, saved; start the same command again to go on")
         else:

@@ -45,7 +45,7 @@ def train(
     saving: Saving,
     settings: Settings,
     limits: Limits,
-    folder: str,
+    log: MetricsLog,
 ) -> int:
     """Train until a limit is reached or a signal asks to stop, saving as it goes; return the exit code.
 
@@ -55,7 +55,7 @@ def train(
         saving: Where checkpoints go; finished on return.
         settings: Saved with each of them.
         limits: When to stop, save and log.
-        folder: Where ``metrics.jsonl`` is kept.
+        log: Where losses are written down.
 
     Raises:
         TrainingError: if the loss is not finite any more; nothing is saved then.
@@ -69,11 +69,12 @@ def train(
         metrics = {} if state.running_loss is None else {"loss": state.running_loss}
         saving.save(state.to_checkpoint(settings), state.step, state.epoch, metrics)
         saved = state.step
+        log.publish()
 
     with (
         Interruption() as interruption,
         saving,
-        MetricsLog(folder, state.step) as log,
+        log,
         Progress(state.step, limits.max_steps) as progress,
     ):
         while state.step < limits.max_steps and state.epoch < limits.max_epochs and not interruption.signal:

@@ -6,8 +6,9 @@ import os
 from collections.abc import Callable
 
 from seedvc_ckpt import CheckpointError, CheckpointNotFoundError, CheckpointStore
+from seedvc_ckpt.export import export_to
 from seedvc_ckpt.file import CheckpointFile
-from seedvc_ckpt.storage import open_storage
+from seedvc_ckpt.storage import Storage, read_file
 from seedvc_ckpt.store import Resumed
 from seedvc_train import metrics
 from seedvc_train.optim import set_learning_rate
@@ -103,15 +104,14 @@ def _go_on(
         say(f"  epoch {state.epoch} starts over, since its batches are others now")
 
 
-def keep_config(folder: str, config: str) -> None:
+def keep_config(storage: Storage, config: str) -> None:
     """Copy the YAML into the run's folder under its own name; one of other contents there is set aside."""
-    storage, name = open_storage(folder), os.path.basename(config)
+    name = os.path.basename(config)
     with open(config, "rb") as file:
         content = file.read()
     if storage.stat(name) is not None:
-        with open(os.path.join(folder, name), "rb") as file:
-            if file.read() == content:
-                return
+        if read_file(storage, name) == content:
+            return
         storage.set_aside(name, "the run went on with another config of this name")
     storage.publish(name, len(content), [memoryview(content)])
 
@@ -121,16 +121,17 @@ def publish_weights(store: CheckpointStore, say: Callable[[str], None]) -> str:
 
     An older one of this run is replaced; any other is set aside first.
     """
-    target = os.path.join(store.location, WEIGHTS)
-    if os.path.lexists(target) and not _is_ours(target, store):
+    target = f"{store.location.rstrip('/')}/{WEIGHTS}"
+    if (os.path.lexists(target) or store.storage.stat(WEIGHTS) is not None) and not _is_ours(store):
         moved = store.set_aside(WEIGHTS, "it was not exported from a checkpoint of this run")
         say(f"kept the {WEIGHTS} that was here as {moved}")
-    return store.export(target, overwrite=True)
+    export_to(store.file(), store.storage, WEIGHTS, overwrite=True)
+    return target
 
 
-def _is_ours(target: str, store: CheckpointStore) -> bool:
+def _is_ours(store: CheckpointStore) -> bool:
     try:
-        manifest = CheckpointFile.at(target).manifest()
+        manifest = CheckpointFile(store.storage, WEIGHTS).manifest()
     except CheckpointError:
         return False
     return manifest is not None and manifest.run == store.run_name and manifest.exported_from is not None

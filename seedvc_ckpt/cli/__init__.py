@@ -11,7 +11,9 @@ from seedvc_ckpt.errors import CheckpointError
 
 __all__ = ["main"]
 
-_COMMANDS = ["ls", "latest", "show", "verify", "diff", "prune", "pin", "unpin", "rewind", "gc", "doctor", "export"]
+_COMMANDS = [
+    "ls", "latest", "show", "verify", "diff", "prune", "pin", "unpin", "rewind", "gc", "doctor", "copy", "export",
+]  # fmt: skip
 
 
 class _Commands(click.Group):

@@ -229,6 +229,8 @@ class LocalStorage:
         """Move a file to ``aside/`` in the folder, under its name or, where that is taken, with a number added."""
         aside = self.below("aside")
         candidates = itertools.chain([name], (f"{name}.{number}" for number in itertools.count(1)))
+        if not os.path.lexists(self._path(name)):
+            raise CheckpointNotFoundError(f"there is no file {self._path(name)} to set aside")
         try:
             os.makedirs(aside.location, exist_ok=True)
             target = next(

@@ -8,11 +8,11 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from itertools import chain, count
 from typing import Any, NamedTuple, TypeVar
 
-from seedvc_ckpt.errors import CheckpointError, CheckpointNotFoundError, SaveFailedError, StorageError
+from seedvc_ckpt.errors import CheckpointError, CheckpointNotFoundError, LeaseHeldError, SaveFailedError, StorageError
 from seedvc_ckpt.storage import Lease, Stat
 from seedvc_ckpt.storage.bucket import ABSENT, ANY, Bucket, ConditionFailedError, Found, Upload
 from seedvc_ckpt.storage.condition import Finding, note
@@ -144,21 +144,17 @@ class ObjectStorage:
         Small ones go in one request; larger ones in parts, several at a time, which nobody sees until the last
         request joins them. If its answer is lost, the object is looked at: it carries the id of the write.
         """
-        key, write_id = self._prefix + name, uuid.uuid4().hex
-        try:
+        with self._saving(name, size):
             there = self._head(name)
-            if there is not None and not overwrite and not cleared():
-                raise FileExistsError(name)
-            write = _Write(key, write_id, there.tag if there is not None and overwrite else ABSENT, before, cleared)
-            if size <= _PART:
-                self._put(write, _joined(name, size, chunks))
-            else:
-                self._upload(write, name, size, chunks)
-            found = self._head(name)
-        except (FileExistsError, SaveFailedError, _InDoubtError):
-            raise
-        except StorageError as error:
-            raise self._failed(name, size, str(error)) from None
+        if there is not None and not overwrite and not cleared():
+            raise FileExistsError(name)
+        condition = there.tag if there is not None and overwrite else ABSENT
+        write = _Write(self._prefix + name, uuid.uuid4().hex, condition, before, cleared)
+        if size <= _PART:
+            self._put(write, _joined(name, size, chunks))
+        else:
+            self._upload(write, name, size, chunks)
+        found = self._head(name)
         if found is None or found.size != size:
             raise StorageError(f"{name} was written to {self._location}, but is {found and found.size} bytes there now")
         return _stat(found)
@@ -217,30 +213,45 @@ class ObjectStorage:
         self._settle(write, lambda: self._bucket.put(write.key, content, write.id, write.condition))
 
     def _upload(self, write: _Write, name: str, size: int, chunks: Iterable[memoryview]) -> None:
-        upload = self._ask("write to", self._bucket.begin(write.key, size, write.id, write.condition))
+        with self._saving(name, size):
+            upload = self._ask("write to", self._bucket.begin(write.key, size, write.id, write.condition))
         pending: deque[Future[None]] = deque()
         announcement = ""
         try:
-            announcement = self._announce(write.key, upload)
+            with self._saving(name, size):
+                announcement = self._announce(write.key, upload)
             for number, (part, last) in enumerate(_parts(name, size, chunks)):
                 if len(pending) == self._bucket.parallel:
-                    self._client.wait(pending.popleft())
+                    self._sent(pending, name, size)
                 pending.append(self._client.start(upload.part(number, part, last=last)))
             while pending:
-                self._client.wait(pending.popleft())
+                self._sent(pending, name, size)
             write.before()
             if write.condition == ABSENT and self._head(name) is not None and not write.cleared():
                 raise FileExistsError(name)  # not every service refuses it when a large object is completed
             self._settle(write, upload.complete)
-        except BaseException as error:
+        except BaseException:
             self._abandon(upload, pending)
-            if not isinstance(error, Exception) or isinstance(error, (CheckpointError, FileExistsError)):
-                raise
-            raise self._failed(name, size, self._words(error)) from None
+            raise
         finally:
             if announcement:
                 with suppress(StorageError, FileNotFoundError):  # the next writer finds it
                     self.delete(announcement)
+
+    def _sent(self, pending: deque[Future[None]], name: str, size: int) -> None:
+        """Wait for the oldest part."""
+        with self._saving(name, size):
+            self._client.wait(pending.popleft())
+
+    @contextmanager
+    def _saving(self, name: str, size: int | None) -> Iterator[None]:
+        """What a client library raises inside is a save that failed."""
+        try:
+            yield
+        except SaveFailedError:
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever a client library raises
+            raise self._failed(name, size, self._words(error)) from None
 
     def _announce(self, key: str, upload: Upload) -> str:
         if not (self._bucket.lists_uploads and upload.id):
@@ -327,15 +338,16 @@ class MemoryStorage(ObjectStorage):
 
 class _NoLease:
     epoch = None
+    _released = False
 
     def check(self) -> None:
-        return
+        if self._released:
+            raise LeaseHeldError("this process has no lease on the run: it was released")
 
     def release(self) -> None:
-        return
+        self._released = True
 
-    def close(self) -> None:
-        return
+    close = release
 
 
 class _InDoubtError(StorageError):

@@ -53,8 +53,11 @@ class GenericBucket:
             return None
         return _found(key, info) if info["type"] == "file" else None
 
-    async def read(self, key: str, start: int, size: int, tag: str) -> bytes:  # noqa: ARG002
-        """``cat_file``."""
+    async def read(self, key: str, start: int, size: int, tag: str) -> bytes:
+        """``cat_file``, after a look whether it is still the one with this tag."""
+        found = await self.head(key)
+        if found is None or found.tag != tag:
+            raise FileNotFoundError(key)
         content: bytes = await self._ask("cat_file", self._path(key), start=start, end=start + size)
         return content
 
