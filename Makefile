@@ -24,6 +24,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	-tests/faults/install_tools
+	-tests/remote/install_servers
 	touch $@
 
 clean:

@@ -46,7 +46,7 @@ class Upload(Protocol):
     def id(self) -> str:
         """What the service calls it; "" where nothing is left when it is forgotten."""
 
-    async def part(self, number: int, content: bytearray, *, last: bool) -> None:
+    async def part(self, number: int, content: bytes, *, last: bool) -> None:
         """Send a part; they are numbered from 0, and may come in any order where `Bucket.parallel` is more than 1."""
 
     async def complete(self) -> None:
@@ -79,7 +79,7 @@ class Bucket(Protocol):
     async def read(self, key: str, start: int, size: int, tag: str) -> bytes:
         """Bytes of an object. Raises FileNotFoundError if it is gone, or no longer the one with this tag."""
 
-    async def put(self, key: str, content: bytes | bytearray, write_id: str, condition: str | None) -> None:
+    async def put(self, key: str, content: bytes, write_id: str, condition: str | None) -> None:
         """Write an object by one request. Raises ConditionFailedError."""
 
     async def begin(self, key: str, size: int, write_id: str, condition: str | None) -> Upload:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
@@ -29,6 +30,7 @@ _log = logging.getLogger(__name__)
 
 _PART = 16 << 20  # bytes; so many times `Bucket.parallel` are in memory, and once more in the client library
 _UNIT = 256 << 10  # bytes; Google takes only multiples
+_ATTEMPTS = 3  # at a request that was refused for what is not so: a conflict of two requests, not of two objects
 _MAX_PARTS = 10_000  # what S3 takes; the others take more
 
 
@@ -155,17 +157,17 @@ class ObjectStorage:
         else:
             self._upload(write, name, size, chunks)
         found = self._head(name)
-        if found is None or found.size != size:
-            raise StorageError(f"{name} was written to {self._location}, but is {found and found.size} bytes there now")
+        if found is None:
+            raise StorageError(f"{name} was written to {self._location}, and is not there now")
+        if found.size != size:
+            self.delete(name, seen=_stat(found))
+            raise self._failed(name, size, f"the service kept {found.size:,} bytes of {size:,}, which were deleted again")
         return _stat(found)
 
     def delete(self, name: str, *, seen: Stat | None = None) -> None:
         """Delete an object, where the service can only if it is still the one that was seen."""
         tag = str(seen.identity[0]) if seen is not None and seen.identity else None
-        try:
-            self._ask("delete from", self._bucket.delete(self._prefix + name, tag))
-        except ConditionFailedError:
-            raise StorageError(f"{self._url(name)} was replaced by another writer, and left as it is") from None
+        self._ask("delete from", self._bucket.delete(self._prefix + name, tag))
 
     def set_aside(self, name: str, reason: str) -> str:
         """Move an object to ``aside/``, under its name or, where that is taken, with a number added."""
@@ -204,11 +206,11 @@ class ObjectStorage:
         """Write a small object; with `create` only where there is none. Raises FileExistsError."""
         try:
             write = _Write(self._prefix + name, uuid.uuid4().hex, ABSENT if create else ANY)
-            self._put(write, bytearray(content))
+            self._put(write, content)
         except SaveFailedError as error:
             raise StorageError(str(error)) from None
 
-    def _put(self, write: _Write, content: bytearray) -> None:
+    def _put(self, write: _Write, content: bytes) -> None:
         write.before()
         self._settle(write, lambda: self._bucket.put(write.key, content, write.id, write.condition))
 
@@ -270,20 +272,22 @@ class ObjectStorage:
 
     def _settle(self, write: _Write, last_request: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Make the last request of a write; where its answer leaves doubt, look whether the object is ours."""
-        while True:
+        for attempt in range(_ATTEMPTS):
             try:
-                return self._client.run(last_request())
+                self._client.run(last_request())
+                break
             except Exception as error:  # noqa: BLE001 - whatever a client library raises
                 name = write.key[len(self._prefix) :]
-                if not _in_doubt(error):
-                    raise self._failed(name, None, self._words(error)) from None
-                found = self._look_after(write, name, error)
+                refused = isinstance(error, ConditionFailedError)
+                found = self._look_after(write, name, error) if _in_doubt(error) else None
                 if found is not None and found.write_id == write.id:
-                    return None
-                if found is None or not isinstance(error, ConditionFailedError):
+                    break
+                if found is not None and refused and write.condition is not ANY:
+                    if write.condition != ABSENT or not write.cleared():
+                        raise FileExistsError(write.key) from None
+                elif not refused or attempt == _ATTEMPTS - 1:
                     raise self._failed(name, None, self._words(error)) from None
-                if write.condition != ABSENT or not write.cleared():
-                    raise FileExistsError(write.key) from None
+                time.sleep(0.2 * attempt)
 
     def _look_after(self, write: _Write, name: str, error: Exception) -> Found | None:
         try:
@@ -301,14 +305,14 @@ class ObjectStorage:
         """Make a call whose failure is a `StorageError`."""
         try:
             return self._client.run(call)
-        except (CheckpointError, FileNotFoundError, ConditionFailedError):
+        except (CheckpointError, FileNotFoundError):
             raise
         except Exception as error:  # noqa: BLE001 - whatever a client library raises
             raise StorageError(f"can't {what} {self._location}: {self._words(error)}") from None
 
     def _words(self, error: BaseException) -> str:
         if isinstance(error, ConditionFailedError):
-            return "another writer was at it in the same moment: try again"
+            return "it was changed by another writer in the meantime, and left as it is: look again"
         return in_words(error, self._client.redact)
 
     def _failed(self, name: str, size: int | None, reason: str) -> SaveFailedError:
@@ -392,30 +396,29 @@ def _in_doubt(error: Exception) -> bool:
     return status == 0 or status >= 500
 
 
-def _joined(name: str, size: int, chunks: Iterable[memoryview]) -> bytearray:
-    content = bytearray()
-    for chunk in chunks:
-        content += chunk
+def _joined(name: str, size: int, chunks: Iterable[memoryview]) -> bytes:
+    content = b"".join(chunks)
     _check_size(name, size, len(content))
     return content
 
 
-def _parts(name: str, size: int, chunks: Iterable[memoryview]) -> Iterator[tuple[bytearray, bool]]:
+def _parts(name: str, size: int, chunks: Iterable[memoryview]) -> Iterator[tuple[bytes, bool]]:
     """The bytes in parts of equal size, each with whether it is the last."""
     limit = -(-max(_PART, -(-size // _MAX_PARTS)) // _UNIT) * _UNIT
-    part, done = bytearray(), 0
+    pieces: list[memoryview] = []
+    held = done = 0
     for chunk in chunks:
         rest = chunk
         while rest:
-            taken = rest[: limit - len(part)]
-            part += taken
-            rest = rest[len(taken) :]
-            done += len(taken)
-            if len(part) == limit and done < size:
-                yield part, False
-                part = bytearray()
+            pieces.append(rest[: limit - held])
+            rest = rest[len(pieces[-1]) :]
+            held += len(pieces[-1])
+            done += len(pieces[-1])
+            if held == limit and done < size:
+                yield b"".join(pieces), False
+                pieces, held = [], 0
     _check_size(name, size, done)
-    yield part, True
+    yield b"".join(pieces), True
 
 
 def _check_size(name: str, size: int, found: int) -> None:

@@ -51,19 +51,19 @@ class Promises:
     Attributes:
         create: A small file is refused where its name is taken.
         create_large: So is a large one, sent in parts, and of two in the same moment one.
-        update: A file is replaced only if it is still the one that was seen.
+        update: A file is replaced only if it is still the one that was seen; None where no write depends on that.
         durable: What was written was synced to the server's disk; None where the service says so of all it answers.
     """
 
     create: bool
     create_large: bool
-    update: bool
+    update: bool | None
     durable: bool | None = None
 
     @property
     def many_writers(self) -> bool:
         """Whether two writers can be kept from each other's files."""
-        return self.create and self.update
+        return self.create and self.update is not False
 
 
 def known_promises(store: SmallFiles) -> Promises | None:
@@ -130,7 +130,7 @@ async def _probe(bucket: Bucket, key: str) -> Promises:
 async def _upload(bucket: Bucket, key: str) -> None:
     upload = await bucket.begin(key, 1, "5", ABSENT)
     try:
-        await upload.part(0, bytearray(b"5"), last=True)
+        await upload.part(0, b"5", last=True)
         await upload.complete()
     except BaseException:
         await upload.abort()
@@ -163,7 +163,7 @@ def examine_store(store: SmallFiles) -> Iterator[Finding]:
             words
             for kept, words in (
                 (promises.create, "writes over a name that is taken, though asked not to"),
-                (promises.update, "replaces a file that is another by now, though asked not to"),
+                (promises.update is not False, "replaces a file that is another by now, though asked not to"),
             )
             if not kept
         ]

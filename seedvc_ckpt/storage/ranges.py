@@ -28,6 +28,7 @@ class RemoteBlob:
         fetch: Begins to read (offset, size).
         wait: Gives what that has read, or raises.
         explain: Puts an exception of a fetch in words.
+        close: Called when the file is left.
     """
 
     def __init__(
@@ -37,12 +38,14 @@ class RemoteBlob:
         fetch: Callable[[int, int], Future[bytes]],
         wait: Callable[[Future[bytes]], bytes],
         explain: Callable[[Exception], str],
+        close: Callable[[], object] = lambda: None,
     ) -> None:
         self.name = name
         self.size = size
         self._fetch = fetch
         self._wait = wait
         self._explain = explain
+        self._close = close
         self._tail: bytes | None = None
         self._blocks: Sequence[_Block] = ()
         self._starts: Sequence[int] = ()
@@ -83,6 +86,7 @@ class RemoteBlob:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._drop()
+        self._close()
 
     def _block_at(self, offset: int) -> _Block | None:
         number = bisect_right(self._starts, offset) - 1

@@ -21,6 +21,7 @@ DEADLINE = 300.0
 """Seconds that one request may take, its library's retries included."""
 
 _clients: dict[tuple[int, str], Any] = {}
+_making: dict[tuple[int, str], threading.Lock] = {}
 _guard = threading.Lock()
 
 
@@ -57,8 +58,11 @@ class Client:
         """
         if not self._key:
             return self._make()
+        place = os.getpid(), self._key
         with _guard:
-            place = os.getpid(), self._key
+            lock = _making.setdefault(place, threading.Lock())
+        # one for each: some connect here, which the loop does, where coroutines of others must not wait for it
+        with lock:
             if place not in _clients:
                 try:
                     _clients[place] = self._make()
@@ -67,6 +71,16 @@ class Client:
                 except Exception as error:  # noqa: BLE001 - whatever a client library raises
                     raise StorageError(f"can't connect: {in_words(error, self.redact)}") from None
             return _clients[place]
+
+    def renew(self, broken: Any) -> bool:
+        """Forget a filesystem whose connection is gone, so that `fs` makes a new one; False if it is the user's own."""
+        if not self._key:
+            return False
+        place = os.getpid(), self._key
+        with _guard:
+            if _clients.get(place) is broken:
+                del _clients[place]
+        return True
 
     def start(self, coroutine: Coroutine[Any, Any, _T]) -> Future[_T]:
         """Begin a coroutine on fsspec's own loop, which runs in a thread: callers may be inside another loop."""

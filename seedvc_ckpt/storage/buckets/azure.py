@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Mapping, Sequence
 from datetime import timezone
+from io import BytesIO
 from typing import Any
 
 from seedvc_ckpt.storage.bucket import ABSENT, WRITE_ID, ConditionFailedError, Found, Upload
@@ -57,12 +58,14 @@ class AzureBucket:
                 raise FileNotFoundError(key) if isinstance(plain, ConditionFailedError) else plain from None
             return content
 
-    async def put(self, key: str, content: bytes | bytearray, write_id: str, condition: str | None) -> None:
+    async def put(self, key: str, content: bytes, write_id: str, condition: str | None) -> None:
         """Put Blob."""
         async with self._blob(key) as blob:
             options = {"overwrite": True} if condition is None else _if(condition)
             try:
-                await blob.upload_blob(bytes(content), metadata={WRITE_ID: write_id}, max_concurrency=1, **options)
+                await blob.upload_blob(
+                    BytesIO(content), length=len(content), metadata={WRITE_ID: write_id}, max_concurrency=1, **options
+                )
             except Exception as error:  # noqa: BLE001 - whatever the client raises
                 raise _plain(error, key) from None
 
@@ -103,12 +106,12 @@ class _Blocks:
         self._condition = condition
         self._ids: dict[int, str] = {}
 
-    async def part(self, number: int, content: bytearray, *, last: bool) -> None:  # noqa: ARG002
+    async def part(self, number: int, content: bytes, *, last: bool) -> None:  # noqa: ARG002
         # of one length for all blocks of a blob, and other than those of another writer
         block = base64.b64encode(f"{self._write_id}-{number:06d}".encode()).decode()
         async with self._bucket._blob(self._key) as blob:  # noqa: SLF001
             try:
-                await blob.stage_block(block, bytes(content))
+                await blob.stage_block(block, BytesIO(content), length=len(content))
             except Exception as error:  # noqa: BLE001 - whatever the client raises
                 raise _plain(error, self._key) from None
         self._ids[number] = block

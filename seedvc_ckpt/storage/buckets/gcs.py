@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from io import BytesIO
 from typing import Any
 from urllib.parse import quote
 
@@ -53,7 +54,7 @@ class GcsBucket:
         _, content = await self._call("GET", self._object(key), headers=headers, alt="media", generation=tag)
         return bytes(content)
 
-    async def put(self, key: str, content: bytes | bytearray, write_id: str, condition: str | None) -> None:
+    async def put(self, key: str, content: bytes, write_id: str, condition: str | None) -> None:
         """One request with the object's resource and its contents (uploadType=multipart)."""
         resource = json.dumps({"name": key, "metadata": {WRITE_ID: write_id}}).encode()
         boundary = f"seedvc-{write_id}"
@@ -63,7 +64,7 @@ class GcsBucket:
             "POST",
             self._upload(),
             headers={"Content-Type": f"multipart/related; boundary={boundary}"},
-            data=b"".join((head, resource, middle, content, f"\r\n--{boundary}--".encode())),
+            data=BytesIO(b"".join((head, resource, middle, content, f"\r\n--{boundary}--".encode()))),
             uploadType="multipart",
             **_if(condition),
         )
@@ -132,9 +133,9 @@ class _Session:
         self._url = url
         self._size = size
         self._sent = 0
-        self._last = bytearray()
+        self._last = b""
 
-    async def part(self, number: int, content: bytearray, *, last: bool) -> None:  # noqa: ARG002
+    async def part(self, number: int, content: bytes, *, last: bool) -> None:  # noqa: ARG002
         if last:
             self._last = content  # with its last byte the object appears
         else:
@@ -149,13 +150,13 @@ class _Session:
         except FileNotFoundError:
             return
 
-    async def _send(self, content: bytearray) -> None:
+    async def _send(self, content: bytes) -> None:
         start, end = self._sent, self._sent + len(content)
         answer, _ = await self._bucket._call(  # noqa: SLF001
             "PUT",
             self._url,
             headers={"Content-Range": f"bytes {start}-{end - 1}/{self._size}", "Content-Length": str(len(content))},
-            data=bytes(content),
+            data=BytesIO(content),
         )
         kept = int(answer["Range"].rpartition("-")[2]) + 1 if "Range" in answer else end
         self._sent = kept

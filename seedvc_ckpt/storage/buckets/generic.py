@@ -61,11 +61,11 @@ class GenericBucket:
         content: bytes = await self._ask("cat_file", self._path(key), start=start, end=start + size)
         return content
 
-    async def put(self, key: str, content: bytes | bytearray, write_id: str, condition: str | None) -> None:  # noqa: ARG002
+    async def put(self, key: str, content: bytes, write_id: str, condition: str | None) -> None:  # noqa: ARG002
         """``pipe_file``."""
         mode = {"mode": "create"} if condition == ABSENT else {}
         try:
-            await self._in_folder(key, "pipe_file", self._path(key), bytes(content), **mode)
+            await self._in_folder(key, "pipe_file", self._path(key), content, **mode)
         except FileExistsError:
             raise ConditionFailedError(key) from None
 
@@ -112,7 +112,7 @@ class _TemporaryFile:
         self._condition = condition
         self._file = tempfile.NamedTemporaryFile(delete=False)  # noqa: SIM115 - closed by complete and abort
 
-    async def part(self, number: int, content: bytearray, *, last: bool) -> None:  # noqa: ARG002
+    async def part(self, number: int, content: bytes, *, last: bool) -> None:  # noqa: ARG002
         await _in_thread(self._file.write, content)
 
     async def complete(self) -> None:
@@ -134,13 +134,13 @@ class MemoryBucket(GenericBucket):
 
     _guard = threading.Lock()
 
-    async def put(self, key: str, content: bytes | bytearray, write_id: str, condition: str | None) -> None:  # noqa: ARG002
+    async def put(self, key: str, content: bytes, write_id: str, condition: str | None) -> None:  # noqa: ARG002
         """``pipe_file``, one at a time."""
 
         def write() -> None:
             mode = {"mode": "create"} if condition == ABSENT else {}
             with self._guard:
-                self._client.fs.pipe_file(self._path(key), bytes(content), **mode)
+                self._client.fs.pipe_file(self._path(key), content, **mode)
 
         try:
             await _in_thread(write)
@@ -161,11 +161,11 @@ class _InMemory:
         self._key = key
         self._content = bytearray()
 
-    async def part(self, number: int, content: bytearray, *, last: bool) -> None:  # noqa: ARG002
+    async def part(self, number: int, content: bytes, *, last: bool) -> None:  # noqa: ARG002
         self._content += content
 
     async def complete(self) -> None:
-        await self._bucket.put(self._key, self._content, *self._how)
+        await self._bucket.put(self._key, bytes(self._content), *self._how)
 
     async def abort(self) -> None:
         self._content.clear()

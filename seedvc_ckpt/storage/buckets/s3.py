@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import timezone
+from io import BytesIO
 from typing import Any
 
 from seedvc_ckpt.storage.bucket import ABSENT, WRITE_ID, ConditionFailedError, Found, Upload
@@ -58,10 +59,10 @@ class S3Bucket:
                     raise
         raise AssertionError("unreachable: the last attempt returns or raises")
 
-    async def put(self, key: str, content: bytes | bytearray, write_id: str, condition: str | None) -> None:
+    async def put(self, key: str, content: bytes, write_id: str, condition: str | None) -> None:
         """PutObject."""
         metadata = {**self._client.fs.s3_additional_kwargs.get("Metadata", {}), WRITE_ID: write_id}
-        await self._call("put_object", Key=key, Body=bytes(content), Metadata=metadata, **_if(condition))
+        await self._call("put_object", Key=key, Body=BytesIO(content), Metadata=metadata, **_if(condition))
 
     async def begin(self, key: str, size: int, write_id: str, condition: str | None) -> Upload:  # noqa: ARG002
         """CreateMultipartUpload."""
@@ -111,9 +112,9 @@ class _Multipart:
         self._condition = condition
         self._parts: dict[int, str] = {}
 
-    async def part(self, number: int, content: bytearray, *, last: bool) -> None:  # noqa: ARG002
+    async def part(self, number: int, content: bytes, *, last: bool) -> None:  # noqa: ARG002
         answer = await self._bucket._call(  # noqa: SLF001
-            "upload_part", Key=self._key, UploadId=self.id, PartNumber=number + 1, Body=content
+            "upload_part", Key=self._key, UploadId=self.id, PartNumber=number + 1, Body=BytesIO(content)
         )
         self._parts[number] = answer["ETag"]
 

@@ -1,0 +1,126 @@
+"""Writers that are killed and interrupted while they send a checkpoint."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import time
+
+import pytest
+import torch
+import writer
+
+from seedvc_ckpt import CheckpointStore, keep_last
+from seedvc_ckpt.storage import open_storage
+
+SIZE = 5_500_000  # floats: two parts of an upload
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """A forked child has none of its parent's other threads, and torch would wait for them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class Child:
+    """A fork of this process that saves step after step, and can be killed."""
+
+    def __init__(self, url, options):
+        self._told, tell = os.pipe()
+        self.process = os.fork()
+        if self.process:
+            os.close(tell)
+            self._lines = b""
+            return
+        code = 1
+        try:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            with CheckpointStore(url, storage_options=options, retention=keep_last(2)) as store:
+                step = store.latest().step if store.latest() else 0
+                while True:
+                    step += 1
+                    os.write(tell, b"b")
+                    store.save(writer.state(step, SIZE), step)
+                    os.write(tell, b"s")
+        except KeyboardInterrupt:
+            code = 130
+        finally:
+            os._exit(code)
+
+    def wait_until_saving(self):
+        """Return when a save has begun that no other will follow before the lease is taken."""
+        while not self._lines:
+            ready, _, _ = select.select([self._told], [], [], 60)
+            assert ready, "nothing was begun within a minute"
+            self._lines = os.read(self._told, 1000)
+            assert self._lines, "the writer ended"
+
+    def end(self, how):
+        """Send a signal; returns the exit status and how many saves were acknowledged."""
+        os.kill(self.process, how)
+        status = os.waitpid(self.process, 0)[1]
+        while found := os.read(self._told, 1000):
+            self._lines += found
+        os.close(self._told)
+        return os.waitstatus_to_exitcode(status), self._lines.count(b"s")
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_an_interrupted_save_publishes_nothing(how, remote, chance, full, tally):
+    """Whatever is listed is complete, what was acknowledged is there, and the next writer goes on."""
+    url, options = remote
+    store = CheckpointStore(url, storage_options=options, read_only=True)
+    cases = 60 if full else 6
+    reached = in_flight = 0
+    for _ in range(cases):
+        child = Child(url, options)
+        child.wait_until_saving()
+        time.sleep(chance.uniform(0.0, 0.8))
+        code, acknowledged = child.end(how)
+        assert code == (130 if how == signal.SIGINT else -how)
+        infos = store.list()
+        newest = infos[-1].step if infos else 0
+        # the request that was under way when it was killed may have made one more appear
+        assert newest in (reached + acknowledged, reached + acknowledged + 1)
+        in_flight += newest == reached + acknowledged
+        for info in infos:
+            store.verify(info)
+        if infos:
+            state = store.load()
+            assert state["step"] == newest
+            assert torch.equal(state["net"]["cfm"]["w"], torch.full((SIZE,), float(newest)))
+        reached = newest
+    with CheckpointStore(url, storage_options=options) as last:
+        last.save(writer.state(reached + 1, SIZE), reached + 1)
+        assert last.storage.leftovers() in ([], ())
+    assert not [entry.name for entry in open_storage(url, storage_options=options).list() if ".tmp-" in entry.name]
+    assert in_flight
+    tally.record("2", url.partition(":")[0], f"{how.name} of a writer during an upload, the next one goes on", cases)
+
+
+def test_uploads_of_dead_writers_are_found(weed, chance):
+    """S3 keeps the parts of an upload that nobody completes: gc aborts them, of dead writers only."""
+    url, options = weed.url(f"uploads-{chance.random()}"), weed.options
+    storage = open_storage(url, storage_options=options)
+    for _ in range(20):
+        child = Child(url, options)
+        child.wait_until_saving()
+        time.sleep(0.15)
+        alive = _uploads(storage)
+        assert storage.leftovers() == []
+        child.end(signal.SIGKILL)
+        if alive and storage.leftovers():
+            break
+    assert _uploads(storage)
+    assert "is gone" in storage.leftovers()[0].why
+    assert len(CheckpointStore(url, storage_options=options).collect_garbage()) == 1
+    assert (_uploads(storage), storage.leftovers()) == ([], [])
+
+
+def _uploads(storage):
+    found = storage._client.fs.call_s3("list_multipart_uploads", Bucket=storage._bucket._name, Prefix=storage._prefix)
+    return [upload["UploadId"] for upload in found.get("Uploads", ())]
