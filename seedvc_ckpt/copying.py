@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from seedvc_ckpt.errors import CheckpointExistsError, CorruptCheckpointError, StorageError
 from seedvc_ckpt.file import CheckpointFile
 from seedvc_ckpt.format.archive import Archive
-from seedvc_ckpt.storage import Blob, Storage
+from seedvc_ckpt.storage import Storage, read_chunks
 from seedvc_ckpt.store import CheckpointStore
 
 __all__ = ["Copied", "CopyPlan", "copy_run", "plan_copy"]
 
-_CHUNK = 8 << 20
 _OURS = (".tmp-", ".seedvc_ckpt.")
 
 
@@ -128,10 +127,9 @@ def copy_run(
 
 def _copy(source: CheckpointStore, target: CheckpointStore, name: str, progress: Callable[[int], None]) -> None:
     with source.storage.open(name) as blob:
-        blob.announce([(0, blob.size)])
         target.acquire()  # asks whether the lease is still ours
         try:
-            target.storage.publish(name, blob.size, _chunks(blob, progress), before=target.acquire)
+            target.storage.publish(name, blob.size, read_chunks(blob, progress), before=target.acquire)
         except FileExistsError:
             raise CheckpointExistsError(
                 f"{name} appeared in {target.location} during the copy, from elsewhere"
@@ -150,14 +148,6 @@ def _check(source: CheckpointStore, target: CheckpointStore, name: str, progress
         ) from error
 
 
-def _chunks(blob: Blob, progress: Callable[[int], None]) -> Iterator[memoryview]:
-    for start in range(0, blob.size, _CHUNK):
-        buffer = memoryview(bytearray(min(_CHUNK, blob.size - start)))
-        blob.read_into(start, buffer)
-        yield buffer
-        progress(len(buffer))
-
-
 def _same_directory(source: Storage, target: Storage, name: str) -> bool:
     """Whether two files of one size have the same records with the same CRC-32s, by their directories."""
     try:
@@ -171,5 +161,5 @@ def _same_bytes(source: Storage, target: Storage, name: str) -> bool:
     with source.open(name) as one, target.open(name) as other:
         if one.size != other.size:
             return False
-        pairs = zip(_chunks(one, lambda _: None), _chunks(other, lambda _: None), strict=True)
+        pairs = zip(read_chunks(one), read_chunks(other), strict=True)
         return all(left == right for left, right in pairs)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from seedvc_ckpt.format import contents
 from seedvc_ckpt.format.archive import Archive
 from seedvc_ckpt.format.contents import TensorRef
 from seedvc_ckpt.format.unpickle import list_globals
-from seedvc_ckpt.storage import Storage, open_parent
+from seedvc_ckpt.storage import Storage, open_parent, open_storage, read_chunks
 
 if TYPE_CHECKING:
     import torch
@@ -105,16 +106,41 @@ class CheckpointFile:
             archive.verify(contents.storage_names(tree), progress)
             return self._oddities(archive, tree)
 
-    def load(self, *, map_location: str | torch.device = "cpu", mmap: bool = False, verify: bool = True) -> Any:
+    def load(
+        self,
+        *,
+        map_location: str | torch.device = "cpu",
+        mmap: bool = False,
+        verify: bool = True,
+        cache_dir: str | os.PathLike[str] | None = None,
+    ) -> Any:
         """The state; see `CheckpointStore.load`."""
         from seedvc_ckpt.format import torchzip  # torch takes more than a second to import
 
+        if cache_dir is not None:
+            return self._load_cached(cache_dir, map_location=map_location, verify=verify)
         with self.opened() as archive:
             self._manifest(archive)
             state = torchzip.decode(archive, map_location=map_location, verify=verify, mmap=mmap)
             for oddity in self._oddities(archive, state):
                 _log.warning("%s %s", archive.source.name, oddity)
             return state
+
+    def _load_cached(self, cache_dir: str | os.PathLike[str], **options: Any) -> Any:
+        """Load by mapping a copy on this machine; one that is damaged is fetched again."""
+        with self.storage.open(self.name) as blob:
+            if blob.map() is not None:
+                return self.load(mmap=True, **options)
+        found = self.storage.stat(self.name)
+        identity = f"{self.storage.location}\0{self.name}\0{found}"
+        folder = os.path.join(cache_dir, hashlib.sha256(identity.encode()).hexdigest()[:16])
+        copy = CheckpointFile(open_storage(folder), self.name, self.pattern)
+        if copy.storage.stat(self.name) is not None:
+            with suppress(CorruptCheckpointError):
+                return copy.load(mmap=True, **options)
+        with self.storage.open(self.name) as blob:
+            copy.storage.publish(self.name, blob.size, read_chunks(blob), overwrite=True)
+        return copy.load(mmap=True, **options)
 
     def _oddities(self, archive: Archive, state: Any) -> Sequence[str]:
         named = self.pattern.parse(self.name) if self.pattern and not archive.ours else None

@@ -308,6 +308,7 @@ class CheckpointStore:
         map_location: str | torch.device = "cpu",
         mmap: bool = False,
         verify: bool = True,
+        cache_dir: str | os.PathLike[str] | None = None,
     ) -> Any:
         """The state of a checkpoint: the newest, or that of a step or info.
 
@@ -316,6 +317,8 @@ class CheckpointStore:
             map_location: Device of all tensors.
             mmap: Map the file instead of reading it; the tensors keep it mapped, changes to them stay in memory.
             verify: Check every byte before any tensor is used.
+            cache_dir: Of a checkpoint on a server, keep a copy in this folder and map that; it is used again as long as
+                the checkpoint stays what it is. Nothing is ever removed from the folder.
 
         Raises:
             CheckpointNotFoundError: if there is none.
@@ -325,7 +328,7 @@ class CheckpointStore:
         """
         info = self._find(which)
         with self._proving(info, proves=verify):
-            return self._file(info).load(map_location=map_location, mmap=mmap, verify=verify)
+            return self._file(info).load(map_location=map_location, mmap=mmap, verify=verify, cache_dir=cache_dir)
 
     def resume(self, *, map_location: str | torch.device = "cpu", mmap: bool = False) -> Resumed | None:
         """The newest intact checkpoint with its state, or None when there is none at all.

@@ -22,9 +22,11 @@ __all__ = [
     "open_parent",
     "open_storage",
     "plain_location",
+    "read_chunks",
     "read_file",
 ]
 
+_CHUNK = 8 << 20
 _URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://(?P<rest>.*)", re.DOTALL)
 
 
@@ -225,6 +227,16 @@ def read_file(storage: Storage, name: str) -> bytes:
         buffer = bytearray(blob.size)
         blob.read_into(0, memoryview(buffer))
         return bytes(buffer)
+
+
+def read_chunks(blob: Blob, progress: Callable[[int], None] = lambda _: None) -> Iterator[memoryview]:
+    """All bytes of a file in order, some megabytes at a time; `progress` is called with each number of bytes."""
+    blob.announce([(0, blob.size)])
+    for start in range(0, blob.size, _CHUNK):
+        buffer = memoryview(bytearray(min(_CHUNK, blob.size - start)))
+        blob.read_into(start, buffer)
+        yield buffer
+        progress(len(buffer))
 
 
 def plain_location(url: str) -> str:

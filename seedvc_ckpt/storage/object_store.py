@@ -161,7 +161,9 @@ class ObjectStorage:
             raise StorageError(f"{name} was written to {self._location}, and is not there now")
         if found.size != size:
             self.delete(name, seen=_stat(found))
-            raise self._failed(name, size, f"the service kept {found.size:,} bytes of {size:,}, which were deleted again")
+            raise self._failed(
+                name, size, f"the service kept {found.size:,} bytes of {size:,}, which were deleted again"
+            )
         return _stat(found)
 
     def delete(self, name: str, *, seen: Stat | None = None) -> None:

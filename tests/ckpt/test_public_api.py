@@ -75,7 +75,7 @@ def test_the_store_takes_the_documented_arguments():
         "save": ["state", "step", "epoch", "metrics", "overwrite", "verify"],
         "list": [],
         "latest": [],
-        "load": ["which", "map_location", "mmap", "verify"],
+        "load": ["which", "map_location", "mmap", "verify", "cache_dir"],
         "resume": ["map_location", "mmap"],
         "inspect": ["which"],
         "prune": ["dry_run"],

@@ -5,7 +5,7 @@ from itertools import count
 import fsspec
 import pytest
 
-from seedvc_ckpt import CheckpointNotFoundError, CheckpointStore, CorruptCheckpointError, SaveFailedError, StorageError
+from seedvc_ckpt import CheckpointNotFoundError, CheckpointStore, CorruptCheckpointError, SaveFailedError
 from seedvc_ckpt.storage import open_storage
 
 _numbers = count()

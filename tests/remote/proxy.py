@@ -122,7 +122,12 @@ class Proxy:
             while rest := client.recv(1 << 16):
                 if server is not None:
                     server.sendall(rest)
-        words = {"500": "InternalError", "503": "SlowDown", "409": "ConditionalRequestConflict", "412": "PreconditionFailed"}
+        words = {
+            "500": "InternalError",
+            "503": "SlowDown",
+            "409": "ConditionalRequestConflict",
+            "412": "PreconditionFailed",
+        }
         body = f"<?xml version='1.0'?><Error><Code>{words[status]}</Code><Message>by the proxy</Message></Error>"
         head = f"HTTP/1.1 {status} By the proxy\r\nContent-Type: application/xml\r\nConnection: close\r\n"
         client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())

@@ -99,6 +99,8 @@ class S3Bucket:
             failure = failure_of(error)
             if failure.condition_failed:
                 raise ConditionFailedError(failure.code) from None
+            if failure.no_bucket:  # for s3fs that is a file that is not there
+                raise OSError(f"the specified bucket does not exist: {self._name}") from None
             if failure.missing:
                 raise FileNotFoundError(arguments.get("Key", "")) from None
             raise
