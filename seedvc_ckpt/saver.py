@@ -189,6 +189,23 @@ class AsyncSaver:
             )
 
 
+_unfinished: weakref.WeakSet[PendingSave] = weakref.WeakSet()
+
+
+def _finish_all() -> None:
+    for pending in list(_unfinished):
+        if pending._process == os.getpid() and pending._thread.is_alive():  # noqa: SLF001
+            pending._thread.join()  # noqa: SLF001
+
+
+# The interpreter waits for our threads, but takes away the executors first with which client libraries look up names of
+# hosts. Of what is called before that, the last to be registered comes first.
+if hasattr(threading, "_register_atexit"):
+    import concurrent.futures.thread  # noqa: F401 - registers the taking away
+
+    threading._register_atexit(_finish_all)  # noqa: SLF001 - there is no public way
+
+
 class PendingSave:
     """A save that goes on in the background.
 
@@ -213,6 +230,7 @@ class PendingSave:
         self._error: BaseException | None = None
         self._process = os.getpid()
         # not a daemon: the interpreter waits for it before it exits
+        _unfinished.add(self)
         self._thread = threading.Thread(target=self._run, name=f"seedvc-ckpt save {name}", daemon=False)
 
     def __repr__(self) -> str:

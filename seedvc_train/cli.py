@@ -83,7 +83,7 @@ def command(**options: Any) -> int:
 
 def _train(options: dict[str, Any]) -> int:
     config = load_config(options["config"])
-    folder = f"{(options['log_dir'] or config.log_dir).rstrip('/')}/{options['run_name']}"
+    folder = _below(options["log_dir"] or config.log_dir, options["run_name"])
     from seedvc_ckpt import CheckpointStore, keep_every, keep_last
     from seedvc_train import run
     from seedvc_train.audio import MelSpectrogram
@@ -133,13 +133,19 @@ def _train(options: dict[str, Any]) -> int:
         run.keep_config(store.storage, options["config"])
         limits = Limits(options["max_steps"], options["max_epochs"], options["save_every"], config.log_interval)
         saving = Saving(store, state.optimizers.values(), in_background=not options["sync_save"])
-        log = MetricsLog(store.storage, state.step)
+        log = MetricsLog(store, state.step)
         code = train(state, batches, saving, settings, limits, log)
         if code:
             _say(f"stopped at step {state.step}, saved; start the same command again to go on")
         else:
             _say(f"done at step {state.step}: {run.publish_weights(store, _say)}")
     return code
+
+
+def _below(log_dir: str, name: str) -> str:
+    """A run's place; the slashes after a scheme stay."""
+    scheme, mark, path = log_dir.rpartition("://")
+    return f"{scheme}{mark}{path.rstrip('/')}/{name}"
 
 
 def _say(line: str) -> None:

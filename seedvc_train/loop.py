@@ -67,9 +67,9 @@ def train(
     def save() -> None:
         nonlocal saved
         metrics = {} if state.running_loss is None else {"loss": state.running_loss}
+        log.publish()
         saving.save(state.to_checkpoint(settings), state.step, state.epoch, metrics)
         saved = state.step
-        log.publish()
 
     with (
         Interruption() as interruption,
@@ -90,8 +90,6 @@ def train(
                     state.schedulers[name].step()
                 state.advance(loss.item())
                 progress.step(loss.item(), saving.durable)
-                if state.step % limits.save_every == 0:
-                    save()
                 if state.step % limits.log_every == 0:
                     waited, stalled = saving.seconds - stalled, saving.seconds
                     seconds = (time.monotonic() - since - waited) / (state.step - logged)
@@ -107,6 +105,8 @@ def train(
                     )
                     progress.logged(state.step, loss.item())
                     since, logged = time.monotonic(), state.step
+                if state.step % limits.save_every == 0:
+                    save()  # when the log has this step: a run that goes on from here lacks no line
                 if state.step >= limits.max_steps or interruption.signal:
                     break
             else:

@@ -1,6 +1,7 @@
 """The state of every random generator that training draws from, as plain tensors and numbers.
 
 Loaders, samplers and clips have generators of their own, seeded from (seed, epoch, clip): they leave nothing to keep.
+Nor does Python's own: training draws nothing from it, but the clients of servers do, each time that they try again.
 """
 
 from __future__ import annotations
@@ -22,11 +23,9 @@ def seed_all(seed: int) -> None:
 
 
 def capture() -> dict[str, Any]:
-    """The state of the global generators."""
-    version, words, gauss = random.getstate()
+    """The state of the global generators but Python's."""
     numpy = np.random.get_state(legacy=False)
     return {
-        "python": {"version": version, "words": torch.tensor(words, dtype=torch.int64), "gauss": gauss},
         "numpy": {
             "name": numpy["bit_generator"],
             "key": torch.from_numpy(numpy["state"]["key"].astype(np.int64)),
@@ -41,8 +40,7 @@ def capture() -> dict[str, Any]:
 
 def restore(state: dict[str, Any]) -> None:
     """Put the global generators into a captured state. Restore it last: building a model draws numbers."""
-    python, numpy = state["python"], state["numpy"]
-    random.setstate((python["version"], tuple(python["words"].tolist()), python["gauss"]))
+    numpy = state["numpy"]
     key = numpy["key"].numpy().astype(np.uint32)
     np.random.set_state((numpy["name"], key, numpy["position"], numpy["has_gauss"], numpy["cached"]))
     torch.set_rng_state(state["torch"])

@@ -37,10 +37,12 @@ class StorageContract:
     Attributes:
         exclusive: Whether the place refuses a name that is taken, of several at once all but one.
         fork: Whether a forked child may use it.
+        clears: Whether `cleared` is asked where a name is taken; no lease of a local folder can be stale.
     """
 
     exclusive = True
     fork = True
+    clears = True
 
     def test_a_new_place_is_empty(self, open_place: _Open) -> None:
         """There is nothing in it, and nothing to open, delete or set aside."""
@@ -123,6 +125,26 @@ class StorageContract:
             assert isinstance(error, StorageError)
             assert "not any more" in str(error)
             assert storage.stat("a") is None
+
+    def test_a_name_that_is_taken_meanwhile_is_refused(self, open_place: _Open) -> None:
+        """A file that appears while another of its name is written stays, unless it is cleared away when asked."""
+        storage = open_place()
+        for size in (_SMALL, _LARGE) if self.exclusive else ():
+            name = f"of {size}"
+
+            def take(name: str = name, first: bytes = _content(size, seed=1)) -> None:
+                _publish(open_place(), name, first)
+
+            act = partial(storage.publish, name, size, _chunks(_content(size)), before=take)
+            assert isinstance(_raised(act), FileExistsError)
+            assert read_file(storage, name) == _content(size, seed=1)
+
+            def clear(name: str = name) -> bool:
+                storage.delete(name)
+                return True
+
+            storage.publish(name, size, _chunks(_content(size)), cleared=clear, overwrite=not self.clears)
+            assert read_file(storage, name) == _content(size)
 
     def test_of_several_at_once_one_wins(self, open_place: _Open) -> None:
         """A name that several publish at once has the bytes of one of them, and only that one is told so."""

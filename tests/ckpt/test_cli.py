@@ -19,7 +19,21 @@ from click.testing import CliRunner
 from seedvc_ckpt import SEED_VC, CheckpointError, CheckpointStore
 from seedvc_ckpt.cli import commands, main
 
-COMMANDS = ["ls", "latest", "show", "verify", "diff", "prune", "pin", "unpin", "rewind", "gc", "doctor", "export"]
+COMMANDS = [
+    "ls",
+    "latest",
+    "show",
+    "verify",
+    "diff",
+    "prune",
+    "pin",
+    "unpin",
+    "rewind",
+    "gc",
+    "doctor",
+    "copy",
+    "export",
+]
 FILE = "DiT_epoch_00002_step_00020.pth"
 CONFIG = "config_dit_mini.yml"
 

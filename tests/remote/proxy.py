@@ -14,7 +14,8 @@ FAULTS = ("cut request", "cut answer", "delay", "half-open")
 """What can happen to any connection: bytes of one direction end at the k-th, wait, or stop without an end."""
 HTTP_FAULTS = (*FAULTS, "500", "503", "409", "412", "truncated")
 """What can happen to a request of HTTP besides: an answer of the proxy's own in place of the server's, before the
-server has seen it or after; a body that ends early under the length that was promised."""
+server has seen it or after; a body that ends early under the length that was promised. "lost PUT" and "lost POST" are
+the answer to the next such request, which the server has had."""
 
 _METHODS = (b"PUT ", b"GET ", b"POST", b"HEAD", b"DELE")
 
@@ -89,6 +90,9 @@ class Proxy:
         with suppress(OSError):
             while chunk := source.recv(1 << 16):
                 what, passed = self._what_happens(direction, chunk)
+                if what.startswith("lost"):
+                    answered.set()
+                    what = ""
                 if what in ("500", "503", "409", "412"):
                     self._answer(source, sink, chunk, what, answered)
                     break
@@ -146,6 +150,9 @@ class Proxy:
                     return "", 0
             elif fault == "truncated":
                 if direction != "answer" or len(chunk) < 2000:
+                    return "", 0
+            elif fault.startswith("lost"):
+                if direction != "request" or not chunk.startswith(fault.removeprefix("lost ").encode()):
                     return "", 0
             else:
                 if fault != "delay" and fault != "half-open" and not fault.endswith(direction):

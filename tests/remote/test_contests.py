@@ -88,17 +88,22 @@ def test_stale_writers_change_nothing(remote, chance, full, tally):
     gone.append(last.kill())
 
     owners, failures = defaultdict(set), []
-    acknowledged = {}
+    acknowledged, taken = {}, {}
     for number, told in enumerate(gone):
         for line in told:
             if line["event"] == "lease":
                 owners[line["epoch"]].add(number)
+                taken[line["epoch"]] = line["at"]
             elif line["event"] == "saved":
-                acknowledged[line["step"], line["epoch"]] = number
+                acknowledged[line["step"], line["epoch"]] = line["at"]
             elif line["event"] == "failed":
                 failures.append(line["why"])
     assert all(len(numbers) == 1 for numbers in owners.values()), owners
     assert len(owners) > 2, gone
+    for epoch in owners:
+        followed = min((at for later, at in taken.items() if later > epoch), default=float("inf"))
+        late = [step for (step, of), at in acknowledged.items() if of == epoch and at > followed]
+        assert len(late) <= 1, f"epoch {epoch} saved {late} after another had the lease"
     store = CheckpointStore(url, storage_options=options, read_only=True)
     found = {}
     aside = store.storage.below("aside")

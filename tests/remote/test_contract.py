@@ -14,6 +14,8 @@ _numbers = count()
 
 
 class TestLocal(StorageContract):
+    clears = False
+
     @pytest.fixture
     def open_place(self, tmp_path):
         return lambda: open_storage(tmp_path / "run")

@@ -10,6 +10,7 @@ import writer
 from proxy import FAULTS, HTTP_FAULTS, Proxy
 
 from seedvc_ckpt import CheckpointError, CheckpointStore, CorruptCheckpointError
+from seedvc_ckpt.storage import open_storage, read_file
 
 SIZES = (1000, 5_500_000)  # floats: one request, and two parts of an upload
 
@@ -76,3 +77,35 @@ def test_one_fault_at_any_moment(server, proxied, chance, full, tally):
     how = f"a connection that fails once: {recovered} saves recovered, {cases - recovered} failed cleanly"
     tally.record("2, 3", straight.partition(":")[0], how, happened)
     assert happened
+
+
+@pytest.mark.parametrize("size", [1000, 20 << 20])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_write_whose_answer_was_lost_is_recognised(size, overwrite, server, proxied, tally):
+    """The server has the object, the client repeats the request and is refused: it was our own, and so it is saved."""
+    if server.name == "sshd":
+        pytest.skip("told by the temporary name: test_sftp.py")
+    if server.name == "azurite" and (overwrite or size == 1000):
+        pytest.skip("its client waits for half a minute before it repeats a request: once is enough")
+    proxy, options = proxied
+    last = "POST" if (server.name == "weed") == (size > 1000) else "PUT"
+    if server.name == "azurite":
+        last = "PUT"
+    storage = open_storage(server.url_for(f"lost-{uuid.uuid4().hex}", proxy.port), storage_options=options)
+    if overwrite:
+        storage.publish("a", 3, [memoryview(b"old")])
+    content = bytes(size)
+    found = storage.publish(
+        "a", size, [memoryview(content)], overwrite=overwrite, before=lambda: proxy.arm(f"lost {last}", 0)
+    )
+    assert proxy.disarm() == f"lost {last}"
+    assert (found.size, read_file(storage, "a")) == (size, content)
+    assert isinstance(_refused(storage), FileExistsError)
+    tally.record("2, 3", server.url("x").partition(":")[0], "the answer to the last request of a save is lost", 1)
+
+
+def _refused(storage):
+    try:
+        storage.publish("a", 5, [memoryview(b"other")])
+    except FileExistsError as error:
+        return error

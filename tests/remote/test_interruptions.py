@@ -121,6 +121,21 @@ def test_uploads_of_dead_writers_are_found(weed, chance):
     assert (_uploads(storage), storage.leftovers()) == ([], [])
 
 
+def test_a_failed_upload_is_aborted(weed, chance):
+    """An error or an interruption in the middle leaves no parts behind that somebody pays for."""
+    storage = open_storage(weed.url(f"aborted-{chance.random()}"), storage_options=weed.options)
+    for error in (ValueError("stopped"), KeyboardInterrupt()):
+
+        def chunks(error=error):
+            yield memoryview(bytes(20 << 20))
+            assert _uploads(storage)
+            raise error
+
+        with pytest.raises(type(error)):
+            storage.publish("a", 40 << 20, chunks())
+        assert (_uploads(storage), list(storage.list())) == ([], [])
+
+
 def _uploads(storage):
     found = storage._client.fs.call_s3("list_multipart_uploads", Bucket=storage._bucket._name, Prefix=storage._prefix)
     return [upload["UploadId"] for upload in found.get("Uploads", ())]

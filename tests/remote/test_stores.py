@@ -316,3 +316,32 @@ def test_a_bucket_that_may_not_be_written(weed):
     store = CheckpointStore(weed.url("denied"), storage_options={**weed.options, "key": "nobody"})
     with pytest.raises((SaveFailedError, StorageError), match=r"credentials|denied"):
         store.save(state(), 1)
+
+
+_LEAVES_AT_ONCE = """
+import asyncio, json, sys, torch
+from seedvc_ckpt import AsyncSaver, CheckpointStore
+from seedvc_ckpt.storage.buckets import s3
+
+send = s3._Multipart.part
+
+async def slowly(self, *arguments, **options):
+    await asyncio.sleep(1)
+    await asyncio.get_running_loop().run_in_executor(None, int)  # as the look-up of a host's name
+    await send(self, *arguments, **options)
+
+s3._Multipart.part = slowly
+saver = AsyncSaver(CheckpointStore(sys.argv[1], storage_options=json.loads(sys.argv[2])))
+saver.save({"w": torch.zeros(6_000_000)}, 1)
+"""
+
+
+def test_a_program_that_ends_finishes_its_save(weed):
+    """A save in the background is completed though nobody waits for it, with all that its client needs."""
+    url = weed.url("leaves")
+    words = [sys.executable, "-c", _LEAVES_AT_ONCE, url, json.dumps(weed.options)]
+    result = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
+    store = CheckpointStore(url, storage_options=weed.options)
+    store.verify(1)
+    assert store.storage.holder() == ""

@@ -16,7 +16,7 @@ from seedvc_ckpt.storage import leftovers, object_store, open_storage, shared_le
 
 def tell(**what: object) -> None:
     """One line for the parent."""
-    sys.stdout.write(json.dumps(what) + "\n")
+    sys.stdout.write(json.dumps({**what, "at": time.monotonic()}) + "\n")
     sys.stdout.flush()
 
 
