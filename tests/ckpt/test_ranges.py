@@ -67,6 +67,7 @@ def test_announced_bytes_are_fetched_once_and_little_of_them_waits():
     in_parallel([lambda stretch=stretch: read(*stretch) for stretch in stretches], threads=2)
     assert sum(end - start for start, end in served.fetched) == SIZE
     assert served.most <= (64 + 3 * 8) << 20
+    assert served.blob._waiting == 0
     assert len(served.fetched) <= SIZE // (8 << 20) + 1
 
 
@@ -89,6 +90,7 @@ def test_what_nobody_reads_does_not_hold_up_the_rest():
     for start in range(0, SIZE - (1 << 20), block):
         end = min(start + block, SIZE - (1 << 20))
         assert served.read(start + 100, end) == content(start + 100, end)
+        assert served.blob._waiting <= (64 + 8) << 20
     assert sum(end - start for start, end in served.fetched) == SIZE - (1 << 20)
 
 

@@ -52,6 +52,8 @@ class Proxy:
 
     def close(self) -> None:
         """End all connections."""
+        with suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         with self._guard:
             for connection in self._sockets:
