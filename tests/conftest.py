@@ -11,7 +11,7 @@ from tally import Tally, measured
 
 ROOT = Path(__file__).parent.parent
 _PAGE = ROOT / "docs" / "reliability.md"
-_TABLE = re.compile(r"(?<=<!-- measured -->\n).*(?=<!-- end -->)", re.DOTALL)
+_SERVERS = {"s3", "gs", "az", "sftp"}
 _tally = pytest.StashKey[Tally]()
 
 
@@ -65,4 +65,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.line(f"{found.cases:>7,}  {verdict:<8}  {found.promise:<8} {found.storage}: {found.how}")
     terminalreporter.line(f"{sum(found.cases for found in findings):>7,}  cases")
     if config.getoption("--reliability"):
-        _PAGE.write_text(_TABLE.sub(lambda _: measured(findings, seed), _PAGE.read_text()))
+        for part, on_servers in (("disks", False), ("servers", True)):
+            rows = [found for found in findings if (found.storage in _SERVERS) == on_servers]
+            if rows:  # what was not tried keeps its table
+                table = re.compile(rf"(?<=<!-- {part} -->\n).*?(?=<!-- end -->)", re.DOTALL)
+                _PAGE.write_text(table.sub(lambda _, rows=rows: measured(rows, seed), _PAGE.read_text()))
