@@ -16,6 +16,7 @@ import platform
 import threading
 import time
 import uuid
+from collections import deque
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
@@ -130,10 +131,12 @@ class SharedLease:
             lock = _locks.setdefault(files.location, threading.Lock())
         with lock:
             held = _all_held.get(files.location)
-            if held is None or held.ended:
-                held = _all_held[files.location] = _Held(files, _acquire(files, seconds))
+            if held is None or held.settled():
+                given_back = held.record.token if held else ""
+                held = _all_held[files.location] = _Held(files, _acquire(files, seconds, given_back), lock)
             held.shares += 1
-            return cls(held)
+        held.settle()
+        return cls(held)
 
     @property
     def epoch(self) -> int | None:
@@ -171,12 +174,13 @@ class SharedLease:
 class _Held:
     """The lease that this process holds on a run, renewed by a thread."""
 
-    def __init__(self, files: SmallFiles, record: LeaseRecord) -> None:
+    def __init__(self, files: SmallFiles, record: LeaseRecord, lock: threading.Lock) -> None:
         self.files = files
         self.record = record
         self.shares = 0
         self.ended = False
-        self._taken_by: LeaseRecord | None = None
+        self._lock = lock
+        self._returned: deque[None] = deque()
         self._stop = threading.Event()
         self.thread = threading.Thread(target=self._keep, name="seedvc-ckpt lease", daemon=True)
         self.thread.start()
@@ -191,10 +195,27 @@ class _Held:
             )
 
     def give_back(self) -> None:
-        self.shares -= 1
+        # perhaps by the garbage collector, in the middle of anything: whoever holds the lock settles it afterwards
+        self._returned.append(None)
+        self.settle()
+
+    def settle(self) -> None:
+        """Take back the shares that were returned, unless somebody is at it, who then sees them."""
+        while self._returned and self._lock.acquire(blocking=False):
+            try:
+                self.settled()
+            finally:
+                self._lock.release()
+
+    def settled(self) -> bool:
+        """Take back the shares that were returned; whether none is left. The caller has the lock."""
+        while self._returned:
+            self._returned.popleft()
+            self.shares -= 1
         if self.shares == 0:
             self.ended = True
             self._stop.set()
+        return self.ended
 
     def _keep(self) -> None:
         record = self.record
@@ -244,10 +265,12 @@ def newest_epoch(files: SmallFiles) -> int | None:
     return max((int(epoch) for epoch in epochs if epoch.isascii() and epoch.isdecimal()), default=None)
 
 
-def _acquire(files: SmallFiles, seconds: float) -> LeaseRecord:
+def _acquire(files: SmallFiles, seconds: float, given_back: str) -> LeaseRecord:
+    """Take the next epoch; `given_back` is the token of a lease of this process that may not say so yet."""
     while True:
         newest = LeaseRecord.newest(files)
-        if newest is not None and not newest.released and newest.known_process != "dead":
+        free = newest is None or newest.released or newest.token == given_back or newest.known_process == "dead"
+        if newest is not None and not free:
             _wait_for_silence(files, newest)
         record = LeaseRecord.mine(newest.epoch + 1 if newest else 1, seconds)
         try:
