@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,17 @@ def tally(request: pytest.FixtureRequest) -> Tally:
 def chance(request: pytest.FixtureRequest) -> random.Random:
     """Random draws that --randomly-seed (printed at the start) repeats."""
     return random.Random(f"{request.config.getoption('randomly_seed')} {request.node.nodeid}")
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Tensors are worked on by one thread: small ones are faster so, and a forked child has no others to wait for."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -17,12 +17,8 @@ _numbers = count()
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Tiny tensors are slower on many threads; other tests compare with processes that have them all."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def _fast(one_thread):
+    """Other tests compare with processes that have all threads."""
 
 
 @pytest.fixture

@@ -17,13 +17,7 @@ from seedvc_ckpt.storage import open_storage
 SIZE = 5_500_000  # floats: two parts of an upload
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """A forked child has none of its parent's other threads, and torch would wait for them."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Child:

@@ -117,18 +117,12 @@ def training_loss(model, batch, prompt_lens, **given):
     return cfm.loss(batch["x"], batch["x_lens"], prompt_lens, batch["cond"], batch["style"], **given)
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(1234)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Threads that wait for each other on a busy machine cost these small models more than they gain."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("name", GOLDENS)
