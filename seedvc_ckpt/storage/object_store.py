@@ -114,7 +114,8 @@ class ObjectStorage:
         with suppress(ValueError, KeyError, TypeError):  # cut short, so that its upload was not begun
             record = json.loads(announced)
             key, upload = str(record["key"]), str(record["upload"])
-            self._ask("abort an upload to", self._bucket.abort(key, upload))
+            if key.startswith(self._prefix):  # whoever may write there says so, and may not reach further with us
+                self._ask("abort an upload to", self._bucket.abort(key, upload))
         with suppress(FileNotFoundError):
             self.delete(leftover.name)
 
@@ -220,7 +221,7 @@ class ObjectStorage:
         with self._saving(name, size):
             upload = self._ask("write to", self._bucket.begin(write.key, size, write.id, write.condition))
         pending: deque[Future[None]] = deque()
-        announcement = ""
+        announcement, left = "", False
         try:
             with self._saving(name, size):
                 announcement = self._announce(write.key, upload)
@@ -235,10 +236,10 @@ class ObjectStorage:
                 raise FileExistsError(name)  # not every service refuses it when a large object is completed
             self._settle(write, upload.complete)
         except BaseException:
-            self._abandon(upload, pending)
+            left = not self._abandoned(upload, pending)
             raise
         finally:
-            if announcement:
+            if announcement and not left:
                 with suppress(StorageError, FileNotFoundError):  # the next writer finds it
                     self.delete(announcement)
 
@@ -264,13 +265,16 @@ class ObjectStorage:
         self.put_small(name, json.dumps({"key": key, "upload": upload.id}).encode(), create=False)
         return name
 
-    def _abandon(self, upload: Upload, pending: Iterable[Future[None]]) -> None:
+    def _abandoned(self, upload: Upload, pending: Iterable[Future[None]]) -> bool:
+        """Give an upload up; whether the service knows it."""
         for future in pending:
             future.cancel()
         try:
             self._client.run(upload.abort())
         except Exception as error:  # noqa: BLE001 - whatever a client library raises; the first failure is the news
             _log.warning("an upload to %s could not be aborted, gc will: %s", self._location, self._words(error))
+            return False
+        return True
 
     def _settle(self, write: _Write, last_request: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Make the last request of a write; where its answer leaves doubt, look whether the object is ours."""
@@ -290,6 +294,8 @@ class ObjectStorage:
                 elif not refused or attempt == _ATTEMPTS - 1:
                     raise self._failed(name, None, self._words(error)) from None
                 time.sleep(0.2 * attempt)
+        else:
+            raise self._failed(write.key[len(self._prefix) :], None, "its name was taken again and again")
 
     def _look_after(self, write: _Write, name: str, error: Exception) -> Found | None:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import select
 import signal
@@ -133,3 +134,49 @@ def test_a_failed_upload_is_aborted(weed, chance):
 def _uploads(storage):
     found = storage._client.fs.call_s3("list_multipart_uploads", Bucket=storage._bucket._name, Prefix=storage._prefix)
     return [upload["UploadId"] for upload in found.get("Uploads", ())]
+
+
+def test_an_upload_that_could_not_be_aborted_is_found_later(weed, chance):
+    """Its announcement stays until gc has aborted it; one that names an upload elsewhere is only removed."""
+    url = weed.url(f"left-{chance.random()}")
+    storage = open_storage(url, storage_options=weed.options)
+    other = open_storage(weed.url("neighbour"), storage_options=weed.options)
+    begun = other._client.run(other._bucket.begin(f"{other._prefix}a", 1, "id", None))
+
+    class NeverAborted:
+        """The bucket, whose uploads refuse to be aborted."""
+
+        def __getattr__(self, name):
+            return getattr(storage._bucket, name)
+
+        async def begin(self, *arguments):
+            upload = await storage._bucket.begin(*arguments)
+            upload.abort = self._refuse
+            return upload
+
+        async def _refuse(self):
+            raise OSError("no")
+
+    broken = open_storage(url, storage_options=weed.options)
+    broken._bucket = NeverAborted()
+
+    def chunks():
+        yield memoryview(bytes(20 << 20))
+        raise ValueError("stopped")
+
+    with pytest.raises(ValueError, match="stopped"):
+        broken.publish("a", 40 << 20, chunks())
+    announced = [entry.name for entry in storage.list()]
+    assert len(announced) == len(_uploads(storage)) == 1
+    assert storage.leftovers() == []  # this process lives
+    name = announced[0].replace(f"-{os.getpid()}-", "-1-", 1)
+    storage.publish(name, 0, [])
+    record = storage.read_small(announced[0])
+    storage.put_small(name, record, create=False)
+    far = {"key": f"{other._prefix}a", "upload": begun.id}
+    storage.put_small(name.replace(".tmp-", ".tmp-0", 1)[:21] + name[21:], json.dumps(far).encode(), create=False)
+    for leftover in storage.leftovers():
+        storage.remove_leftover(leftover)
+    assert _uploads(storage) == []
+    assert _uploads(other) == [begun.id]
+    other._client.run(begun.abort())
