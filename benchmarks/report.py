@@ -16,6 +16,8 @@ _LABELS = {
     "Ours": "seedvc-ckpt",
     "OursInBackground": "seedvc-ckpt AsyncSaver",
 }
+_KINDS = ("lists", "head", "get", "put", "post", "delete")
+_REQUESTS = {name: [f"{name} {kind}" for kind in _KINDS] for name in ("export", "show", "ls", "latest")}
 _COLORS = {"Plain": "#c3ccd5", "TorchSave": "#7b8794", "Ours": "#5fb49c", "OursInBackground": _OURS}
 
 
@@ -43,7 +45,28 @@ def goals(found: Results) -> list[tuple[str, float, float]]:
         ]
     if names := found.get("names"):
         answer.append(("ls of 10,000 ÷ (imports + scandir)", names["10000"]["ls"] / names["10000"]["limit"], 2.0))
-    return answer
+    return answer + _remote_goals(found)
+
+
+def _remote_goals(found: Results) -> list[tuple[str, float, float]]:
+    remote = found.get("remote")
+    if not remote:
+        return []
+    save, upload = _ours_and_fastest(remote["saving"])
+    resume, download = _ours_and_fastest(remote["resuming"])
+    requests = sum(count for what, count in remote["names"].items() if what in _REQUESTS["latest"])
+    return [
+        ("S3: save ÷ fastest plain upload", save["seconds"] / upload, 1.15),
+        ("S3: memory of a save, beyond the state, ÷ 256 MB", save["memory"] / (256 << 20), 1.0),
+        ("S3: resume ÷ fastest plain download", resume["seconds"] / download, 1.15),
+        ("S3: memory of a resume, beyond the state, ÷ 256 MB", resume["memory"] / (256 << 20), 1.0),
+        ("S3: bytes moved by an export ÷ file", remote["looking"]["export bytes"] / remote["file"]["bytes"], 0.36),
+        ("S3: requests of `latest` among 10,000 names ÷ pages of 1,000", requests / 10, 1.0),
+    ]
+
+
+def _ours_and_fastest(ways: Results) -> tuple[dict[str, float], float]:
+    return ways["seedvc-ckpt"], min(row["seconds"] for way, row in ways.items() if way != "seedvc-ckpt")
 
 
 def page(found: Results, folder: Path) -> str:
@@ -63,6 +86,7 @@ def page(found: Results, folder: Path) -> str:
         _sizes(found),
         _training(found),
         _names(found),
+        _remote(found),
         (folder / "notes.md").read_text().strip() if (folder / "notes.md").exists() else "",
     ]
     return "\n\n".join(filter(None, parts)) + "\n"
@@ -142,6 +166,58 @@ def _names(found: Results) -> str:
     ]
     head = ["checkpoints", "`seedvc-ckpt ls`", "imports + scandir", "`list()`", "`latest()`"]
     return "## Against the number of checkpoints\n\nMilliseconds.\n\n" + _table(head, rows)
+
+
+def _remote(found: Results) -> str:
+    remote = found.get("remote")
+    if not remote:
+        return ""
+    size = remote["file"]["bytes"]
+    words = (
+        f"The state of the first table, a file of {size / 1e9:.2f} GB, on SeaweedFS, a server that speaks S3, on the "
+        "same machine. Seconds, those of the client's processor, and memory beyond the state or the file's contents; "
+        "each in a process of its own that was connected before, medians."
+    )
+    parts = [
+        "## On S3",
+        words,
+        _transfers("save", remote["saving"]),
+        _transfers("resume", remote["resuming"]),
+        "What commands receive, and the requests that they make:",
+        _table(
+            ["", "received, MB", "÷ file", *_KINDS],
+            [
+                *_moved("export", "`export`", remote["looking"], size),
+                *_moved("show", "`show`", remote["looking"], size),
+                *_moved("ls", "`ls` of 2", remote["looking"], size),
+                *_moved("latest", "`latest` of 2", remote["looking"], size),
+                *_moved("ls", "`ls` of 10,000", remote["names"]),
+                *_moved("latest", "`latest` of 10,000", remote["names"]),
+            ],
+        ),
+    ]
+    return "\n\n".join(parts)
+
+
+def _transfers(what: str, ways: Results) -> str:
+    _, fastest = _ours_and_fastest(ways)
+    rows = [
+        [
+            way,
+            f"{row['seconds']:.2f}",
+            f"{row['seconds'] / fastest:.2f}",
+            f"{row['processor']:.2f}",
+            f"{row['memory'] / 1e6:,.0f}",
+        ]
+        for way, row in ways.items()
+    ]
+    return _table([what, "seconds", "÷ fastest plain", "processor, seconds", "extra memory, MB"], rows)
+
+
+def _moved(name: str, label: str, counts: Results, size: float | None = None) -> list[list[str]]:
+    received = counts[f"{name} bytes"]
+    requests = [f"{counts.get(key, 0):.0f}" for key in _REQUESTS[name]]
+    return [[label, f"{received / 1e6:,.3f}", f"{received / size:.4f}" if size else "–", *requests]]
 
 
 def write_charts(found: Results, folder: Path) -> None:

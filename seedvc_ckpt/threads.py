@@ -63,6 +63,8 @@ def ahead(items: Iterable[_T], depth: int = 2) -> Iterator[_T]:
 def in_parallel(jobs: Sequence[Callable[[], object]], threads: int | None = None) -> None:
     """Do all jobs, on as many threads as there are cores; of several failures the first job's is raised.
 
+    An interruption comes before all others, which it may have caused.
+
     After a failure no further job is begun, but those before it are done.
     """
     width = min(threads or available_cores(), len(jobs))
@@ -90,4 +92,5 @@ def in_parallel(jobs: Sequence[Callable[[], object]], threads: int | None = None
     for helper in started:
         helper.join()
     if failures:
-        raise failures[min(failures)]
+        interrupted = [number for number, error in failures.items() if not isinstance(error, Exception)]
+        raise failures[min(interrupted or failures)]

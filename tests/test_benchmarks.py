@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from seedvc_ckpt import CheckpointStore
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "docs" / "benchmarks" / "results.json"
@@ -23,11 +27,54 @@ def test_a_contender_can_be_measured(name: str, tmp_path: Path) -> None:
     assert 0 < found["call"] <= found["durable"]
 
 
+def test_plain_transfers_can_be_measured(weed: Any, tmp_path: Path) -> None:
+    """Every way of moving a file to and from S3, in a process of its own."""
+    from benchmarks.remote import DOWNLOADS, UPLOADS
+
+    with CheckpointStore(weed.url("plain"), storage_options=weed.options) as store:
+        for step in (1, 2):
+            store.save({"step": step}, step)
+    file = tmp_path / "file"
+    file.write_bytes(bytes(20 << 20))
+    commands = [("saving", way) for way in UPLOADS] + [("resuming", way) for way in DOWNLOADS]
+    for what, way in commands:
+        found = _measured(what, way, weed.url("plain"), json.dumps(weed.options), str(file))
+        assert found["seconds"] > 0, way
+
+
+def test_requests_are_counted(weed: Any) -> None:
+    """`ls` and `latest` of a run on S3 make one request for each page of names."""
+    reach = json.dumps({"port": weed.port, "environment": weed.environment})
+    found = _measured("names", weed.url("counted"), reach, "1100")
+    requests = {what: count for what, count in found.items() if not what.endswith(" bytes")}
+    assert requests == {"ls lists": 2, "latest lists": 2}
+    assert 100_000 < found["latest bytes"] < 1_000_000
+
+
+def _measured(*arguments: str) -> dict[str, float]:
+    command = [sys.executable, "-m", "benchmarks.remote", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, float] = json.loads(done.stdout)
+    return found
+
+
+@pytest.fixture(scope="module")
+def weed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A server that speaks S3."""
+    from servers import Weed
+
+    if reason := Weed.missing():
+        pytest.skip(reason)
+    with Weed(tmp_path_factory.mktemp("weed")) as server:
+        yield server
+
+
 def test_the_page_is_that_of_the_results() -> None:
     """Tables and goals in docs/benchmarks are made from results.json, not by hand."""
     from benchmarks.report import goals, page
 
     found = json.loads(RESULTS.read_text())
     assert (RESULTS.parent / "README.md").read_text() == page(found, RESULTS.parent)
-    assert len(goals(found)) == 11
+    assert len(goals(found)) == 17
     assert (RESULTS.parent / "saving.png").stat().st_size > 5_000

@@ -67,6 +67,10 @@ class Bucket(Protocol):
         """How many parts of an upload may be under way."""
 
     @property
+    def largest_put(self) -> int:
+        """Bytes that go in one request; more go in parts."""
+
+    @property
     def lists_uploads(self) -> bool:
         """Whether an upload that is neither completed nor aborted costs money until somebody finds it."""
 

@@ -6,9 +6,8 @@ import json
 import logging
 import time
 import uuid
-from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager, suppress
 from itertools import chain, count
 from typing import Any, NamedTuple, TypeVar
@@ -20,7 +19,7 @@ from seedvc_ckpt.storage.condition import Finding, note
 from seedvc_ckpt.storage.leftovers import Leftover, is_temporary, temporary_name, this_machine, why_dead
 from seedvc_ckpt.storage.promises import examine_store, probe_bucket, probed
 from seedvc_ckpt.storage.ranges import RemoteBlob
-from seedvc_ckpt.storage.remote import Client, failure_of, in_words
+from seedvc_ckpt.storage.remote import DEADLINE, Client, failure_of, in_words
 from seedvc_ckpt.storage.shared_lease import LeaseRecord, SharedLease
 
 __all__ = ["MemoryStorage", "ObjectStorage"]
@@ -153,7 +152,7 @@ class ObjectStorage:
             raise FileExistsError(name)
         condition = there.tag if there is not None and overwrite else ABSENT
         write = _Write(self._prefix + name, uuid.uuid4().hex, condition, before, cleared)
-        if size <= _PART:
+        if size <= self._bucket.largest_put:
             self._put(write, _joined(name, size, chunks))
         else:
             self._upload(write, name, size, chunks)
@@ -220,7 +219,7 @@ class ObjectStorage:
     def _upload(self, write: _Write, name: str, size: int, chunks: Iterable[memoryview]) -> None:
         with self._saving(name, size):
             upload = self._ask("write to", self._bucket.begin(write.key, size, write.id, write.condition))
-        pending: deque[Future[None]] = deque()
+        pending: set[Future[None]] = set()
         announcement, left = "", False
         try:
             with self._saving(name, size):
@@ -228,7 +227,7 @@ class ObjectStorage:
             for number, (part, last) in enumerate(_parts(name, size, chunks)):
                 if len(pending) == self._bucket.parallel:
                     self._sent(pending, name, size)
-                pending.append(self._client.start(upload.part(number, part, last=last)))
+                pending.add(self._client.start(upload.part(number, part, last=last)))
             while pending:
                 self._sent(pending, name, size)
             write.before()
@@ -243,10 +242,14 @@ class ObjectStorage:
                 with suppress(StorageError, FileNotFoundError):  # the next writer finds it
                     self.delete(announcement)
 
-    def _sent(self, pending: deque[Future[None]], name: str, size: int) -> None:
-        """Wait for the oldest part."""
+    def _sent(self, pending: set[Future[None]], name: str, size: int) -> None:
+        """Wait until one part more has arrived."""
+        sent = next(iter(wait(pending, DEADLINE, FIRST_COMPLETED).done), None)
         with self._saving(name, size):
-            self._client.wait(pending.popleft())
+            if sent is None:
+                raise StorageError(f"the server took no part within {DEADLINE:.0f} s: try again")
+            pending.discard(sent)
+            sent.result()
 
     @contextmanager
     def _saving(self, name: str, size: int | None) -> Iterator[None]:
@@ -307,7 +310,7 @@ class ObjectStorage:
             ) from None
 
     def _head(self, name: str) -> Found | None:
-        return self._ask("look into", self._bucket.head(self._prefix + name))
+        return self._ask(f"look at {name!r} in", self._bucket.head(self._prefix + name))
 
     def _ask(self, what: str, call: Coroutine[Any, Any, _T]) -> _T:
         """Make a call whose failure is a `StorageError`."""

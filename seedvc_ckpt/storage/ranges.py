@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
@@ -17,6 +18,7 @@ _WINDOW = 64 << 20  # bytes that wait to be read
 _GAP = 64 << 10  # bytes between two stretches that cost less than another request
 _TAIL = 256 << 10  # bytes; directory, manifest and pickle of most checkpoints in one request
 _CRUMBS = 64 << 10  # bytes of a block that nobody may want: padding, and records that were read before
+_LARGE = 64 << 10  # bytes whose copying takes longer than the calls around it
 
 
 class RemoteBlob:
@@ -68,7 +70,7 @@ class RemoteBlob:
             if block is not None:
                 size = min(len(buffer), block.end - offset)
                 content = self._content(block)
-                buffer[:size] = memoryview(content)[offset - block.start : offset - block.start + size]
+                _copy(content, offset - block.start, buffer[:size])
                 self._consumed(block, size)
             else:
                 size = min(len(buffer), self._until_announced(offset))
@@ -190,7 +192,7 @@ class _Block:
 
 
 def _blocks(stretches: Sequence[tuple[int, int]]) -> Iterable[_Block]:
-    """The stretches, joined where they are close and cut where they are long."""
+    """The stretches, joined where they are close and cut at multiples of `_BLOCK`, as servers cut files too."""
     joined: list[list[tuple[int, int]]] = []
     for start, end in stretches:
         if joined and start - joined[-1][-1][1] <= _GAP:
@@ -198,6 +200,17 @@ def _blocks(stretches: Sequence[tuple[int, int]]) -> Iterable[_Block]:
         else:
             joined.append([(start, end)])
     for group in joined:
-        for start in range(group[0][0], group[-1][1], _BLOCK):
-            end = min(start + _BLOCK, group[-1][1])
+        first, last = group[0][0], group[-1][1]
+        for at in range(first - first % _BLOCK, last, _BLOCK):
+            start, end = max(at, first), min(at + _BLOCK, last)
             yield _Block(start, end, sum(max(0, min(end, b) - max(start, a)) for a, b in group))
+
+
+def _copy(content: bytes, start: int, buffer: memoryview) -> None:
+    """Fill `buffer` from `start`; where it is large, other threads run meanwhile: one receives what follows."""
+    size = len(buffer)
+    if size < _LARGE or type(content) is not bytes or start + size > len(content):
+        buffer[:] = memoryview(content)[start : start + size]
+        return
+    source = ctypes.c_void_p.from_buffer(ctypes.c_char_p(content)).value or 0
+    ctypes.memmove(ctypes.addressof(ctypes.c_char.from_buffer(buffer)), source + start, size)

@@ -129,3 +129,15 @@ def _done(value):
     future = Future()
     future.set_result(value)
     return future
+
+
+@pytest.mark.parametrize("size", [1, 1000, 64 << 10, (64 << 10) + 1, 3 << 20])
+def test_any_piece_of_what_arrived_is_handed_over(size):
+    """Small and large pieces, from any place, and nothing beyond the piece is touched."""
+    served = Served()
+    served.blob.announce([(0, 16 << 20)])
+    for start in (0, 7, (8 << 20) - 5, (16 << 20) - size):
+        buffer = bytearray(b"\xaa" * (size + 20))
+        served.blob.read_into(start, memoryview(buffer)[10 : 10 + size])
+        assert buffer[10 : 10 + size] == content(start, start + size)
+        assert bytes(buffer[:10] + buffer[10 + size :]) == b"\xaa" * 20

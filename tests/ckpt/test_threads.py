@@ -117,3 +117,19 @@ def test_the_first_jobs_failure_is_raised():
     with pytest.raises(KeyError, match="first"):
         in_parallel([first, second, *[lambda: begun.append("later")] * 100], threads=2)
     assert sorted(begun) == ["first", "second"]
+
+
+def test_an_interruption_comes_before_the_failures_that_it_caused():
+    """Ctrl-C in one job is what is raised, though an earlier job failed because of it."""
+    interrupted = threading.Event()
+
+    def fail():
+        interrupted.wait(10)
+        raise ValueError("cancelled")
+
+    def interrupt():
+        interrupted.set()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        in_parallel([fail, interrupt], threads=2)

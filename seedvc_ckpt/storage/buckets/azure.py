@@ -21,6 +21,7 @@ class AzureBucket:
     """
 
     parallel = 4
+    largest_put = 1 << 20  # its client warns of more in one piece
     lists_uploads = False
 
     def __init__(self, client: Client, name: str) -> None:

@@ -24,6 +24,7 @@ class GenericBucket:
     """
 
     parallel = 1
+    largest_put = 16 << 20
     lists_uploads = False
 
     def __init__(self, client: Client, name: str) -> None:

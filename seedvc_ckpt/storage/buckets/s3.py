@@ -17,6 +17,7 @@ class S3Bucket:
     """A bucket behind an s3fs filesystem, whose own calls are used: its retries, credentials and extra arguments."""
 
     parallel = 4
+    largest_put = 16 << 20
     lists_uploads = True
 
     def __init__(self, client: Client, name: str) -> None:
