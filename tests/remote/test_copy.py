@@ -13,7 +13,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from servers import BUCKET
-from test_contests import Writer
+from test_remote_contests import Writer
 from test_training import Commands
 
 from seedvc_ckpt import CheckpointError, CheckpointExistsError, CheckpointStore, CorruptCheckpointError, keep_last
