@@ -77,8 +77,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.line(f"{found.cases:>7,}  {verdict:<8}  {found.promise:<8} {found.storage}: {found.how}")
     terminalreporter.line(f"{sum(found.cases for found in findings):>7,}  cases")
     if config.getoption("--reliability"):
-        for part, on_servers in (("disks", False), ("servers", True)):
+        parts = (("disks", False, "make test-full"), ("servers", True, "pytest tests/remote --full --reliability"))
+        for part, on_servers, command in parts:
             rows = [found for found in findings if (found.storage in _SERVERS) == on_servers]
             if rows:  # what was not tried keeps its table
                 table = re.compile(rf"(?<=<!-- {part} -->\n).*?(?=<!-- end -->)", re.DOTALL)
-                _PAGE.write_text(table.sub(lambda _, rows=rows: measured(rows, seed), _PAGE.read_text()))
+                _PAGE.write_text(table.sub(lambda _, text=measured(rows, seed, command): text, _PAGE.read_text()))

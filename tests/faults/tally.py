@@ -41,8 +41,8 @@ class Tally:
         ]
 
 
-def measured(findings: list[Finding], seed: int) -> str:
-    """The table of docs/reliability.md."""
+def measured(findings: list[Finding], seed: int, command: str) -> str:
+    """A table of docs/reliability.md, with the command that gives it."""
     machine = f"{platform.system()} {platform.release()}, Python {platform.python_version()}, torch {torch.__version__}"
     rows = "".join(
         f"| {found.promise} | {found.storage} | {found.how} | {found.cases:,} | {found.violations} |\n"
@@ -50,7 +50,7 @@ def measured(findings: list[Finding], seed: int) -> str:
     )
     total = sum(found.cases for found in findings)
     return (
-        f"\n`make test-full` on {date.today().isoformat()}, {machine}, seed {seed}: {total:,} cases, "  # noqa: DTZ011
+        f"\n`{command}` on {date.today().isoformat()}, {machine}, seed {seed}: {total:,} cases, "  # noqa: DTZ011
         f"{sum(found.violations for found in findings)} violations.\n\n"
         "| promise | storage | how it was tried | cases | violations |\n|---|---|---|---:|---:|\n"
         f"{rows}\n"

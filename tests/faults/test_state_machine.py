@@ -120,8 +120,8 @@ class _Dying:
 
         return self.around(self._inner.publish)(name, size, pointed(), before=self.around(before), **options)
 
-    def delete(self, name: str) -> None:
-        self.around(self._inner.delete)(name)
+    def delete(self, name: str, **options: Any) -> None:
+        self.around(self._inner.delete)(name, **options)
 
     def set_aside(self, name: str, reason: str) -> str:
         return self.around(self._inner.set_aside)(name, reason)
@@ -147,7 +147,7 @@ class _Place:
                         found[entry.name] = file.read()
             return found
         prefix = f"{folder.rstrip('/')}/"
-        stored = self.inner._fs.store
+        stored = self.inner._client.fs.store
         return {
             path[len(prefix) :]: file.getvalue()
             for path, file in list(stored.items())
@@ -159,14 +159,14 @@ class _Place:
             with open(os.path.join(self.folder, name), "r+b") as file:
                 file.write(content)
         else:
-            self.inner._fs.pipe_file(f"{self.folder}/{name}", content, mode="overwrite")
+            self.inner._client.fs.pipe_file(f"{self.folder}/{name}", content, mode="overwrite")
 
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
         shutil.rmtree(f"{self.folder}-exports", ignore_errors=True)
         if self.kind == "memory":
-            for path in [path for path in self.inner._fs.store if path.startswith(f"{self.folder}/")]:
-                del self.inner._fs.store[path]
+            for path in [path for path in self.inner._client.fs.store if path.startswith(f"{self.folder}/")]:
+                del self.inner._client.fs.store[path]
 
 
 class Seen(NamedTuple):
