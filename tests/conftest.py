@@ -82,4 +82,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
             rows = [found for found in findings if (found.storage in _SERVERS) == on_servers]
             if rows:  # what was not tried keeps its table
                 table = re.compile(rf"(?<=<!-- {part} -->\n).*?(?=<!-- end -->)", re.DOTALL)
-                _PAGE.write_text(table.sub(lambda _, text=measured(rows, seed, command): text, _PAGE.read_text()))
+                before, _, after = table.sub("\0", _PAGE.read_text()).partition("\0")
+                _PAGE.write_text(before + measured(rows, seed, command) + after)

@@ -134,7 +134,8 @@ def _make(scheme: str, options: Mapping[str, Any]) -> Any:
     if scheme in ("sftp", "ssh"):
         from sshfs import SSHFileSystem
 
-        return SSHFileSystem(**{"skip_instance_cache": True, **options})
+        alive = {"keepalive_interval": 15, "connect_timeout": 30}  # else a line that goes dead is noticed after minutes
+        return SSHFileSystem(**{"skip_instance_cache": True, **alive, **options})
     cached = {"use_listings_cache": False} if scheme in _KINDS else {}
     return fsspec.filesystem(scheme, **{"skip_instance_cache": True, **cached, **options})
 

@@ -22,6 +22,7 @@ from seedvc_ckpt import CheckpointNotFoundError, CheckpointStore, LeaseHeldError
 from seedvc_ckpt.doctor import diagnose
 from seedvc_ckpt.storage import open_storage, read_file
 from seedvc_ckpt.storage.leftovers import process_start, this_machine
+from seedvc_ckpt.storage.remote import Client, Redactor
 from seedvc_ckpt.testing import StorageContract
 
 _numbers = itertools.count(1)
@@ -463,6 +464,17 @@ def test_many_threads_survive_a_restart_together(sshd, storage):
         thread.join()
     assert all("connect" in failure for failure in failures), failures
     assert len(read_file(storage, "a")) == MIB
+
+
+def test_a_connection_that_is_being_made_keeps_no_other_store_waiting():
+    """Others ask for their filesystem on the loop that connects: with one lock for all, both would wait."""
+    other = Client(object, "a key of another's", Redactor())
+
+    async def use_other():
+        return other.fs
+
+    connecting = Client(lambda: connecting.run(use_other(), 5.0), "a key of ours", Redactor())
+    assert connecting.fs is other.fs
 
 
 # --- leftovers -------------------------------------------------------------------------------------------------------
