@@ -34,12 +34,16 @@ class Writer:
             if line.endswith("\n"):
                 self.told.append(json.loads(line))
 
+    def wait_for_anything(self):
+        """Return when it has told something, so that it runs."""
+        self.wait_for(None)
+
     def wait_for(self, event, seconds=60):
-        """The first such line."""
+        """The first such line, or the first at all."""
         end = time.monotonic() + seconds
         while time.monotonic() < end and self.process.poll() is None:
             for line in list(self.told):
-                if line["event"] == event:
+                if event in (line["event"], None):
                     return line
             time.sleep(0.02)
         raise AssertionError((self.told, self.process.poll() is not None and self.process.stderr.read()))
@@ -56,6 +60,12 @@ class Writer:
         return self.told
 
 
+def epochs(writers, gone):
+    """The leases that were told of so far."""
+    lines = [line for told in (*gone, *(list(writer.told) for writer in writers)) for line in told]
+    return {line["epoch"] for line in lines if line["event"] == "lease"}
+
+
 def test_stale_writers_change_nothing(remote, chance, full, tally):
     """Five writers with leases of a second, stopped and killed at random.
 
@@ -65,8 +75,11 @@ def test_stale_writers_change_nothing(remote, chance, full, tally):
     arguments = {"do": "contend", "url": url, "options": options, "size": 1000}
     writers, gone = [Writer(**arguments) for _ in range(5)], []
     stalls, kills, timers = 0, 0, []
-    end = time.monotonic() + (120 if full else 15)
-    while time.monotonic() < end:
+    for writer in writers:
+        writer.wait_for_anything()
+    end = time.monotonic() + (120 if full else 12)
+    latest = end + 60  # on a busy machine
+    while time.monotonic() < end or (len(epochs(writers, gone)) < 4 and time.monotonic() < latest):
         time.sleep(chance.uniform(0.1, 0.8))
         number = chance.randrange(len(writers))
         if chance.random() < 0.3:
