@@ -66,6 +66,31 @@ def epochs(writers, gone):
     return {line["epoch"] for line in lines if line["event"] == "lease"}
 
 
+def disturb(writers, gone, arguments, chance, seconds):
+    """Stop and kill writers at random, for so long and until some leases were taken; returns how often."""
+    count, timers = 0, []
+    for writer in writers:
+        writer.wait_for_anything()
+    end = time.monotonic() + seconds
+    latest = end + 60  # on a busy machine
+    while time.monotonic() < end or (len(epochs(writers, gone)) < 4 and time.monotonic() < latest):
+        time.sleep(chance.uniform(0.1, 0.8))
+        number = chance.randrange(len(writers))
+        count += 1
+        if chance.random() < 0.3:
+            gone.append(writers[number].kill())
+            writers[number] = Writer(**arguments)
+        else:
+            holders = [writer for writer in writers if writer.told and writer.told[-1]["event"] in ("lease", "saved")]
+            victim = chance.choice(holders or writers).process
+            victim.send_signal(signal.SIGSTOP)
+            timers.append(threading.Timer(chance.uniform(1.5, 2.5), victim.send_signal, (signal.SIGCONT,)))
+            timers[-1].start()
+    for timer in timers:
+        timer.join()
+    return count
+
+
 def test_stale_writers_change_nothing(remote, chance, full, tally):
     """Five writers with leases of a second, stopped and killed at random.
 
@@ -74,27 +99,7 @@ def test_stale_writers_change_nothing(remote, chance, full, tally):
     url, options = remote
     arguments = {"do": "contend", "url": url, "options": options, "size": 1000}
     writers, gone = [Writer(**arguments) for _ in range(5)], []
-    stalls, kills, timers = 0, 0, []
-    for writer in writers:
-        writer.wait_for_anything()
-    end = time.monotonic() + (120 if full else 12)
-    latest = end + 60  # on a busy machine
-    while time.monotonic() < end or (len(epochs(writers, gone)) < 4 and time.monotonic() < latest):
-        time.sleep(chance.uniform(0.1, 0.8))
-        number = chance.randrange(len(writers))
-        if chance.random() < 0.3:
-            gone.append(writers[number].kill())
-            writers[number] = Writer(**arguments)
-            kills += 1
-        else:
-            holders = [writer for writer in writers if writer.told and writer.told[-1]["event"] in ("lease", "saved")]
-            victim = chance.choice(holders or writers).process
-            victim.send_signal(signal.SIGSTOP)
-            timers.append(threading.Timer(chance.uniform(1.5, 2.5), victim.send_signal, (signal.SIGCONT,)))
-            timers[-1].start()
-            stalls += 1
-    for timer in timers:
-        timer.join()
+    disturbances = disturb(writers, gone, arguments, chance, 120 if full else 12)
     last = Writer(**arguments)
     gone += [writer.kill() for writer in writers]
     last.wait_for("saved")
@@ -128,7 +133,7 @@ def test_stale_writers_change_nothing(remote, chance, full, tally):
     assert set(acknowledged) <= set(found), (set(acknowledged) - set(found), failures)
     assert [info.step for info in store.list()] == sorted({info.step for info in store.list()})
     tally.record(
-        cases=stalls + kills,
+        cases=disturbances,
         promise="8",
         storage=url.partition(":")[0],
         how=f"5 writers, leases of 1 s, stalled and killed: {len(owners)} epochs, {len(acknowledged)} saves",
