@@ -112,6 +112,7 @@ def copy_run(
     source: CheckpointStore,
     target: CheckpointStore,
     *,
+    plan: CopyPlan | None = None,
     verify: bool = True,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Copied:
@@ -124,6 +125,7 @@ def copy_run(
     Args:
         source: From where. It needs no lease, and may be written to meanwhile.
         target: Where to; its lease is held meanwhile.
+        plan: What `plan_copy` found, where it was asked just before.
         verify: Check each copied file byte by byte, where it lies now; of the checkpoints that were there already the
             newest, which an interrupted copy may have left unchecked.
         progress: Called with the number of bytes copied or checked since the last call.
@@ -137,7 +139,7 @@ def copy_run(
         StorageError: if one can't be read, or does not read back as it was.
     """
     target.acquire()
-    plan = plan_copy(source, target)
+    plan = plan or plan_copy(source, target)
     copied: list[str] = []
     aside: list[str] = []
     damaged: list[CorruptCheckpointError] = []
@@ -216,7 +218,8 @@ def _is_gone(source: CheckpointStore, name: str) -> bool:
 def _unchecked(target: CheckpointStore, there: Sequence[str]) -> Sequence[str]:
     """The checkpoints that an interrupted copy may have sent and not checked: only its last ones."""
     infos = [info for info in target.list() if info.name in there]
-    return [info.name for info in infos if info.modified >= max(other.modified for other in infos) - _CLOCK]
+    last = max((info.modified for info in infos), default=None)
+    return [info.name for info in infos if last and info.modified >= last - _CLOCK]
 
 
 def _crc(store: CheckpointStore, name: str, progress: Callable[[int], None]) -> int:

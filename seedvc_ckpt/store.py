@@ -619,7 +619,7 @@ class CheckpointStore:
     def _cleared(self, name: str) -> bool:
         """Set a stale writer's file of this name aside, where it is one."""
         found = [info for info in self.list() if info.name == name]
-        return not self._without_stale(found) if found else True
+        return not self._without_stale(found)
 
     def _write(self, save: PreparedSave, *, verify: bool) -> CheckpointInfo:
         # a lease that was released since the save was prepared is not taken again behind the caller's back

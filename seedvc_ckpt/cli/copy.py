@@ -48,7 +48,7 @@ def command(
             click.echo(f"{len(files)} would be copied, {len(plan.there)} are there already")
             return
         with progress_bar(plan.work(verify=not no_verify), f"copying {len(files)} files") as bar:
-            done = copy_run(one, other, verify=not no_verify, progress=bar.update)
+            done = copy_run(one, other, plan=plan, verify=not no_verify, progress=bar.update)
     if as_json_:
         as_json({**asdict(done), "dry_run": False})
         return

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
+from itertools import chain, count
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol
 
@@ -19,6 +20,7 @@ __all__ = [
     "Lease",
     "Stat",
     "Storage",
+    "numbered",
     "open_parent",
     "open_storage",
     "plain_location",
@@ -219,6 +221,11 @@ def open_storage(
     from seedvc_ckpt.storage.connect import open_url  # fsspec is slow to import
 
     return open_url(scheme, path, storage_options or {}, lease_seconds)
+
+
+def numbered(name: str) -> Iterator[str]:
+    """The names that a file set aside may get: its own, then with a number added."""
+    return chain([name], (f"{name}.{number}" for number in count(1)))
 
 
 def read_file(storage: Storage, name: str) -> bytes:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import NamedTuple, Protocol
 
-__all__ = ["ABSENT", "ANY", "Bucket", "ConditionFailedError", "Found", "Upload"]
+__all__ = ["ABSENT", "ANY", "WRITE_ID", "Bucket", "ConditionFailedError", "Found", "Upload"]
 
 ANY = None
 """The condition that always holds."""

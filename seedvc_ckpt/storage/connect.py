@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 from seedvc_ckpt.errors import StorageError
 from seedvc_ckpt.storage import Storage, plain_location
+from seedvc_ckpt.storage.buckets.azure import AzureBucket
+from seedvc_ckpt.storage.buckets.gcs import GcsBucket
+from seedvc_ckpt.storage.buckets.generic import GenericBucket, MemoryBucket
+from seedvc_ckpt.storage.buckets.s3 import S3Bucket
+from seedvc_ckpt.storage.object_store import MemoryStorage, ObjectStorage
 from seedvc_ckpt.storage.remote import Client, Redactor, secrets_in
 
 __all__ = ["open_filesystem", "open_url"]
@@ -26,6 +31,11 @@ _KINDS = {
     **dict.fromkeys(("gs", "gcs"), _Kind("gcsfs", "gcs")),
     **dict.fromkeys(("az", "abfs", "abfss"), _Kind("adlfs", "azure")),
     **dict.fromkeys(("sftp", "ssh"), _Kind("sshfs", "sftp")),
+}
+_BUCKETS: Mapping[str, type[S3Bucket | GcsBucket | AzureBucket]] = {
+    "s3fs": S3Bucket,
+    "gcsfs": GcsBucket,
+    "adlfs": AzureBucket,
 }
 
 
@@ -82,44 +92,17 @@ def open_filesystem(fs: Any, path: str, lease_seconds: float) -> Storage:
 
 def _storage(kind: str, client: Client, rest: str, location: str, lease_seconds: float) -> Storage:
     if kind == "sshfs":
-        from seedvc_ckpt.storage.sftp import SftpStorage
+        from seedvc_ckpt.storage.sftp import SftpStorage  # needs asyncssh, which comes with sshfs
 
         return SftpStorage(client, _sftp_path(rest), location, lease_seconds)
-    from seedvc_ckpt.storage.object_store import MemoryStorage, ObjectStorage
-
     if kind == "memory":
-        from seedvc_ckpt.storage.buckets.generic import MemoryBucket
-
         return MemoryStorage(client, MemoryBucket(client, ""), _prefix(rest), location, lease_seconds)
     if kind not in _BUCKETS:
-        from seedvc_ckpt.storage.buckets.generic import GenericBucket
-
         return ObjectStorage(client, GenericBucket(client, rest.rstrip("/")), "", location, lease_seconds)
     name, _, prefix = _container_first(kind, rest).partition("/")
     if not name:
         raise StorageError(f"{location!r} names no bucket: write it after the scheme, as {location}BUCKET/runs/my_run")
     return ObjectStorage(client, _BUCKETS[kind](client, name), _prefix(prefix), location, lease_seconds)
-
-
-def _s3(client: Client, name: str) -> Any:
-    from seedvc_ckpt.storage.buckets.s3 import S3Bucket
-
-    return S3Bucket(client, name)
-
-
-def _gcs(client: Client, name: str) -> Any:
-    from seedvc_ckpt.storage.buckets.gcs import GcsBucket
-
-    return GcsBucket(client, name)
-
-
-def _azure(client: Client, name: str) -> Any:
-    from seedvc_ckpt.storage.buckets.azure import AzureBucket
-
-    return AzureBucket(client, name)
-
-
-_BUCKETS: Mapping[str, Callable[[Client, str], Any]] = {"s3fs": _s3, "gcsfs": _gcs, "adlfs": _azure}
 
 
 def _make(scheme: str, options: Mapping[str, Any]) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import itertools
 import mmap
 import os
 import shutil
@@ -21,7 +20,7 @@ from seedvc_ckpt.errors import (
     SaveFailedError,
     StorageError,
 )
-from seedvc_ckpt.storage import Lease, Stat
+from seedvc_ckpt.storage import Lease, Stat, numbered
 from seedvc_ckpt.storage.condition import Finding, examine_folder
 from seedvc_ckpt.storage.leftovers import Leftover, find_leftovers, remove_leftover, temporary_name
 
@@ -228,13 +227,14 @@ class LocalStorage:
     def set_aside(self, name: str, reason: str) -> str:
         """Move a file to ``aside/`` in the folder, under its name or, where that is taken, with a number added."""
         aside = self.below("aside")
-        candidates = itertools.chain([name], (f"{name}.{number}" for number in itertools.count(1)))
         if not os.path.lexists(self._path(name)):
             raise CheckpointNotFoundError(f"there is no file {self._path(name)} to set aside")
         try:
             os.makedirs(aside.location, exist_ok=True)
             target = next(
-                candidate for candidate in candidates if not os.path.lexists(os.path.join(aside.location, candidate))
+                candidate
+                for candidate in numbered(name)
+                if not os.path.lexists(os.path.join(aside.location, candidate))
             )
             note = os.fsencode(f"{reason}\n")
             aside.publish(f"{target}.reason.txt", len(note), [memoryview(note)], overwrite=True)

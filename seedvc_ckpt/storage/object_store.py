@@ -9,18 +9,17 @@ import uuid
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager, suppress
-from itertools import chain, count
 from typing import Any, NamedTuple, TypeVar
 
 from seedvc_ckpt.errors import CheckpointError, CheckpointNotFoundError, LeaseHeldError, SaveFailedError, StorageError
-from seedvc_ckpt.storage import Lease, Stat
+from seedvc_ckpt.storage import Lease, Stat, numbered
 from seedvc_ckpt.storage.bucket import ABSENT, ANY, Bucket, ConditionFailedError, Found, Upload
 from seedvc_ckpt.storage.condition import Finding, note
 from seedvc_ckpt.storage.leftovers import Leftover, is_temporary, temporary_name, this_machine, why_dead
 from seedvc_ckpt.storage.promises import examine_store, probe_bucket, probed
 from seedvc_ckpt.storage.ranges import RemoteBlob
-from seedvc_ckpt.storage.remote import DEADLINE, Client, failure_of, in_words
-from seedvc_ckpt.storage.shared_lease import LeaseRecord, SharedLease
+from seedvc_ckpt.storage.remote import DEADLINE, Client, InDoubtError, failure_of, in_words
+from seedvc_ckpt.storage.shared_lease import SharedLease, current_holder
 
 __all__ = ["MemoryStorage", "ObjectStorage"]
 
@@ -120,8 +119,7 @@ class ObjectStorage:
 
     def holder(self) -> str:
         """Who has the lease now."""
-        record = LeaseRecord.newest(self)
-        return record.holder if record is not None and not record.released and not record.ours else ""
+        return current_holder(self)
 
     def free(self) -> int | None:
         """Not known."""
@@ -175,8 +173,7 @@ class ObjectStorage:
         """Move an object to ``aside/``, under its name or, where that is taken, with a number added."""
         below = f"{self._prefix}aside/"
         taken = {found.key for found in self._ask("list", self._bucket.list(below))}
-        candidates = chain([name], (f"{name}.{number}" for number in count(1)))
-        target = next(candidate for candidate in candidates if below + candidate not in taken)
+        target = next(candidate for candidate in numbered(name) if below + candidate not in taken)
         there = self._head(name)
         if there is None:
             raise CheckpointNotFoundError(f"there is no file {name} in {self._location} to set aside")
@@ -304,10 +301,8 @@ class ObjectStorage:
         try:
             return self._ask("look into", self._bucket.head(write.key))
         except StorageError as second:
-            raise _InDoubtError(
-                f"whether {name} was saved in {self._location} is not known: the answer to its last request was lost "
-                f"({self._words(error)}), and so is the connection ({second}). Older checkpoints are as they were"
-            ) from None
+            why = f"{self._words(error)}, and so is the connection: {second}"
+            raise InDoubtError.of(name, self._location, why) from None
 
     def _head(self, name: str) -> Found | None:
         return self._ask(f"look at {name!r} in", self._bucket.head(self._prefix + name))
@@ -363,10 +358,6 @@ class _NoLease:
         self._released = True
 
     close = release
-
-
-class _InDoubtError(StorageError):
-    """A write that may have happened."""
 
 
 class _Write(NamedTuple):

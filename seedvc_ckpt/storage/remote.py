@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from seedvc_ckpt.errors import StorageError
 
-__all__ = ["DEADLINE", "Client", "Failure", "Redactor", "failure_of", "in_words", "secrets_in"]
+__all__ = ["DEADLINE", "Client", "Failure", "InDoubtError", "Redactor", "failure_of", "in_words", "secrets_in"]
 
 _T = TypeVar("_T")
 
@@ -110,6 +110,18 @@ class Client:
         return self.wait(self.start(coroutine), seconds)
 
 
+class InDoubtError(StorageError):
+    """A write that may have happened."""
+
+    @classmethod
+    def of(cls, name: str, location: str, why: str) -> InDoubtError:
+        """The answer to the last request of a write was lost, and what came of it can't be seen."""
+        return cls(
+            f"whether {name} was saved in {location} is not known: the answer to its last request was lost ({why}). "
+            "Older checkpoints are as they were"
+        )
+
+
 class Failure(NamedTuple):
     """What a server or client library said.
 
@@ -154,7 +166,7 @@ _CONDITION_CODES = {
 
 
 def failure_of(error: BaseException) -> Failure:
-    """What is behind an exception of s3fs, gcsfs, adlfs, obstore or their libraries: FACTS differ for each."""
+    """What is behind an exception of s3fs, gcsfs, adlfs, obstore or their libraries: each tells it otherwise."""
     status, code, message = 0, "", str(error)
     for link in _chain(error):
         response = getattr(link, "response", None)
@@ -249,9 +261,8 @@ class Redactor:
     def __call__(self, text: str) -> str:
         """The text with "…" in place of each secret."""
         environment = [value for name, value in os.environ.items() if _SECRET_NAMES.search(name) and len(value) >= 8]
-        for secret in sorted({*self._secrets, *(part for value in environment for part in _parts(value))}, key=len)[
-            ::-1
-        ]:
+        secrets = {*self._secrets, *(part for value in environment for part in _parts(value))}
+        for secret in sorted(secrets, key=len, reverse=True):
             text = text.replace(secret, "…")
         for form, replacement in _SECRET_FORMS:
             text = form.sub(replacement, text)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
-from itertools import chain, count
+from itertools import count
 from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -19,15 +19,15 @@ import asyncssh
 from asyncssh import SFTPAttrs
 
 from seedvc_ckpt.errors import CheckpointNotFoundError, SaveFailedError, StorageError
-from seedvc_ckpt.storage import Lease, Stat
+from seedvc_ckpt.storage import Lease, Stat, numbered
 from seedvc_ckpt.storage import sftp_requests as requests
 from seedvc_ckpt.storage.condition import Finding, problem
 from seedvc_ckpt.storage.leftovers import Leftover, temporary_name, this_machine, why_dead
 from seedvc_ckpt.storage.promises import Promises, examine_store, probed
 from seedvc_ckpt.storage.ranges import RemoteBlob
-from seedvc_ckpt.storage.remote import DEADLINE, Client, in_words
+from seedvc_ckpt.storage.remote import DEADLINE, Client, InDoubtError, in_words
 from seedvc_ckpt.storage.sftp_requests import NoReplaceError, OpenFile, RefusedError
-from seedvc_ckpt.storage.shared_lease import LeaseRecord, SharedLease
+from seedvc_ckpt.storage.shared_lease import SharedLease, current_holder
 
 __all__ = ["SftpStorage"]
 
@@ -116,8 +116,7 @@ class SftpStorage:
 
     def holder(self) -> str:
         """Who has the lease now."""
-        record = LeaseRecord.newest(self)
-        return record.holder if record is not None and not record.released and not record.ours else ""
+        return current_holder(self)
 
     def free(self) -> int | None:
         """Bytes that this user may still write; None where the server does not tell."""
@@ -192,8 +191,7 @@ class SftpStorage:
             raise CheckpointNotFoundError(f"there is no file {name} in {self._location} to set aside")
         changed = self._ask("make a folder in", requests.make_folder, self._path("aside"))
         taken = {other for other, _ in self._files("aside/")}
-        candidates = chain([f"aside/{name}"], (f"aside/{name}.{number}" for number in count(1)))
-        for target in (candidate for candidate in candidates if candidate not in taken):
+        for target in (candidate for candidate in numbered(f"aside/{name}") if candidate not in taken):
             self.put_small(f"{target}.reason.txt", os.fsencode(f"{reason}\n"), create=False)
             with suppress(FileExistsError):  # a folder, or a link that leads nowhere
                 self._move(self._path(name), self._path(target))
@@ -317,10 +315,12 @@ class SftpStorage:
                 left = self._ask("look into", requests.look, self._path(temporary), follow=False)
                 there = self._ask("look into", requests.look, self._path(name), follow=False)
             except StorageError as second:
-                raise self._in_doubt(name, f"{self._words(error)}, and so is the connection: {second}") from None
+                raise InDoubtError.of(
+                    name, self._location, f"{self._words(error)}, and so is the connection: {second}"
+                ) from None
             ours = there is not None and _stat(there) == found
             if left is None and not (ours or how.overwrite):
-                raise self._in_doubt(name, f"{self._words(error)}, and its temporary file is gone")
+                raise InDoubtError.of(name, self._location, f"{self._words(error)}, and its temporary file is gone")
             if left is None:
                 return True
             if how.overwrite or there is None:
@@ -331,18 +331,12 @@ class SftpStorage:
         self._remove(temporary)  # that server died in between
         return True
 
-    def _in_doubt(self, name: str, why: str) -> _InDoubtError:
-        return _InDoubtError(
-            f"whether {name} was saved in {self._location} is not known: the answer to its last request was lost "
-            f"({why}). Older checkpoints are as they were"
-        )
-
     def _sync_folders(self, name: str, folders: Iterable[bytes]) -> None:
         try:
             for folder in folders:
                 self._ask("sync", requests.sync, folder)
         except StorageError as error:
-            raise _InDoubtError(
+            raise InDoubtError(
                 f"{name} is complete in {self._location}, but whether a power cut there would spare it is not known: "
                 f"{error}"
             ) from None
@@ -443,7 +437,7 @@ class SftpStorage:
         """What fails inside is a save that failed."""
         try:
             yield
-        except (SaveFailedError, FileExistsError, _InDoubtError, NoReplaceError):
+        except (SaveFailedError, FileExistsError, InDoubtError, NoReplaceError):
             raise
         except (StorageError, FileNotFoundError) as error:
             free = self.free() if isinstance(error, RefusedError) else None  # a full disk is a refusal without a reason
@@ -486,10 +480,6 @@ class SftpStorage:
 
 class _LostError(StorageError):
     """A request that was not answered; it may have been carried out."""
-
-
-class _InDoubtError(StorageError):
-    """A write that may have happened."""
 
 
 class _Naming(NamedTuple):

@@ -25,7 +25,7 @@ from seedvc_ckpt.errors import CheckpointError, LeaseHeldError
 from seedvc_ckpt.storage.leftovers import process_start, this_machine
 from seedvc_ckpt.storage.promises import SmallFiles
 
-__all__ = ["LeaseRecord", "SharedLease"]
+__all__ = ["LeaseRecord", "SharedLease", "current_holder"]
 
 _log = logging.getLogger(__name__)
 
@@ -257,6 +257,12 @@ def _release_all() -> None:
         held._stop.set()  # noqa: SLF001
     for held in list(_all_held.values()):
         held.thread.join(_AT_EXIT)
+
+
+def current_holder(files: SmallFiles) -> str:
+    """Who has the lease on a run now, for people; "" for nobody, and for this process."""
+    record = LeaseRecord.newest(files)
+    return record.holder if record is not None and not record.released and not record.ours else ""
 
 
 def newest_epoch(files: SmallFiles) -> int | None:

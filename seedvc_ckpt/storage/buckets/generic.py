@@ -101,7 +101,7 @@ class GenericBucket:
             await self._ask(method, *arguments, **options)
 
     async def _ask(self, method: str, *arguments: Any, **options: Any) -> Any:
-        return await _in_thread(getattr(self._client.fs, method), *arguments, **options)
+        return await asyncio.to_thread(getattr(self._client.fs, method), *arguments, **options)
 
 
 class _TemporaryFile:
@@ -114,7 +114,7 @@ class _TemporaryFile:
         self._file = tempfile.NamedTemporaryFile(delete=False)  # noqa: SIM115 - closed by complete and abort
 
     async def part(self, number: int, content: bytes, *, last: bool) -> None:  # noqa: ARG002
-        await _in_thread(self._file.write, content)
+        await asyncio.to_thread(self._file.write, content)
 
     async def complete(self) -> None:
         self._file.close()
@@ -135,18 +135,12 @@ class MemoryBucket(GenericBucket):
 
     _guard = threading.Lock()
 
-    async def put(self, key: str, content: bytes, write_id: str, condition: str | None) -> None:  # noqa: ARG002
-        """``pipe_file``, one at a time."""
-
-        def write() -> None:
-            mode = {"mode": "create"} if condition == ABSENT else {}
+    async def _ask(self, method: str, *arguments: Any, **options: Any) -> Any:
+        def one_at_a_time() -> Any:
             with self._guard:
-                self._client.fs.pipe_file(self._path(key), content, **mode)
+                return getattr(self._client.fs, method)(*arguments, **options)
 
-        try:
-            await _in_thread(write)
-        except FileExistsError:
-            raise ConditionFailedError(key) from None
+        return await asyncio.to_thread(one_at_a_time)
 
     async def begin(self, key: str, size: int, write_id: str, condition: str | None) -> Upload:  # noqa: ARG002
         """Parts in memory, put in one call when it is complete."""
@@ -170,10 +164,6 @@ class _InMemory:
 
     async def abort(self) -> None:
         self._content.clear()
-
-
-async def _in_thread(function: Any, *arguments: Any, **options: Any) -> Any:
-    return await asyncio.to_thread(function, *arguments, **options)
 
 
 _TIMES = ("mtime", "LastModified", "last_modified", "updated", "created", "time")
