@@ -623,8 +623,11 @@ class CheckpointStore:
 
     def _write(self, save: PreparedSave, *, verify: bool) -> CheckpointInfo:
         # a lease that was released since the save was prepared is not taken again behind the caller's back
-        lease = save.lease or self._acquired_for(save.step, save.name, overwrite=save.overwrite)
-        lease.check()
+        lease = save.lease
+        if lease is None:
+            lease = self._acquired_for(save.step, save.name, overwrite=save.overwrite)  # which asks for it
+        else:
+            lease.check()
         encoded = save.encoded.of_epoch(lease.epoch)
         try:
             published = self._storage.publish(
