@@ -272,8 +272,8 @@ class ClipDataset(Dataset[Item]):
         wave = self.corpus.read(index)
         generator = torch.Generator().manual_seed(mixed_seed(self.seed, self.epoch, index))
         with torch.no_grad(), _one_thread():
-            heard = self.front_end(wave, self.corpus.sr, generator)
-            return Item(self.mel(wave), heard.content, heard.shifted_content, heard.style, heard.f0)
+            heard = self.front_end(wave, self.corpus.sr, [generator])
+            return Item(self.mel(wave), heard.content, heard.shifted_contents[0], heard.style, heard.f0)
 
 
 @contextmanager

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
 
 __all__ = ["Features", "FrontEnd"]
@@ -17,13 +19,13 @@ class Features:
 
     Attributes:
         content: what is said, (N, content_dim).
-        shifted_content: the same from a copy whose speaker was disguised, (N, content_dim).
+        shifted_contents: the same from copies whose speaker was disguised, each (N, content_dim).
         style: who says it, (style_dim,).
         f0: pitch in Hz, 0 where unvoiced, (M,); None when the front end hears no pitch.
     """
 
     content: torch.Tensor
-    shifted_content: torch.Tensor
+    shifted_contents: tuple[torch.Tensor, ...]
     style: torch.Tensor
     f0: torch.Tensor | None
 
@@ -31,10 +33,15 @@ class Features:
 class FrontEnd(Protocol):
     """A frozen listener.
 
-    It *must* depend on nothing but its arguments: everything random comes from ``generator``. It *must*
+    It *must* depend on nothing but its arguments: everything random comes from ``shifts``. It *must*
     survive pickling, since loader processes may need a copy.
     """
 
-    def __call__(self, wave: torch.Tensor, sr: int, generator: torch.Generator) -> Features:
-        """Listen to a float32 wave (samples,) at ``sr`` Hz."""
+    @property
+    def identity(self) -> str:
+        """Everything that decides what it hears, in one line: names, settings, digests of weights."""
+        ...
+
+    def __call__(self, wave: torch.Tensor, sr: int, shifts: Sequence[torch.Generator]) -> Features:
+        """Listen to a float32 wave (samples,) at ``sr`` Hz, and to one disguised copy for each of ``shifts``."""
         ...

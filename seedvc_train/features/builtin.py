@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch.nn import functional
 
@@ -39,7 +41,7 @@ class BuiltinFrontEnd:
     - content: log-mel at 16 kHz, resized over frequency to ``content_dim``; every bin loses its mean over the
       clip, then the clip is divided by its standard deviation. N is samples at 16 kHz // 320.
     - shifted content: the same through mel filters on a warped axis (`warp_frequencies`), the factor drawn
-      once a call, log-uniform in 0.8 to 1.25, so that the place of the formants does not tell the speaker.
+      once a copy, log-uniform in 0.8 to 1.25, so that the place of the formants does not tell the speaker.
     - style: means, then standard deviations over time, of the log-mel bins, resized over frequency to
       ``style_dim`` and scaled to about -2 to 2.
 
@@ -54,15 +56,23 @@ class BuiltinFrontEnd:
         self.style_dim = style_dim
         self._mel = MelSpectrogram(_SR, _N_FFT, 640, 320, _BINS)
 
-    def __call__(self, wave: torch.Tensor, sr: int, generator: torch.Generator) -> Features:
-        """Listen to a float32 wave (samples,) at ``sr`` Hz; draws one number from ``generator``."""
+    @property
+    def identity(self) -> str:
+        """What decides its outputs: changes with them."""
+        return f"builtin 1, content {self.content_dim}, style {self.style_dim}"
+
+    def __call__(self, wave: torch.Tensor, sr: int, shifts: Sequence[torch.Generator]) -> Features:
+        """Listen to a float32 wave (samples,) at ``sr`` Hz; draws one number from each of ``shifts``."""
         magnitude = self._mel.magnitude(torch.from_numpy(resample(wave.numpy(), sr, _SR)))
         plain = self._mel.log_mel(magnitude, self._mel.filters)
+        shifted = tuple(self._content(self._disguised(magnitude, generator)) for generator in shifts)
+        return Features(self._content(plain), shifted, self._style(plain), None)
+
+    def _disguised(self, magnitude: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         low, high = _WARP
         factor = low * (high / low) ** torch.rand((), generator=generator).item()
         edges = warp_frequencies(slaney_edges(_BINS, 0, _SR / 2), factor, _SR)
-        warped = self._mel.log_mel(magnitude, triangular_filters(edges, _SR, _N_FFT))
-        return Features(self._content(plain), self._content(warped), self._style(plain), None)
+        return self._mel.log_mel(magnitude, triangular_filters(edges, _SR, _N_FFT))
 
     def _content(self, mel: torch.Tensor) -> torch.Tensor:
         content = _resize(mel.T.contiguous(), self.content_dim)

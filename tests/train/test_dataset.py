@@ -293,8 +293,8 @@ def test_an_item_depends_on_seed_epoch_and_clip_alone(corpus):
 def test_clips_of_an_epoch_draw_different_numbers(corpus):
     """Two clips of one epoch are not disguised the same way."""
 
-    def draw(wave, sr, generator):
-        return Features(wave[:1, None], wave[:1, None], torch.rand(2, generator=generator), None)
+    def draw(wave, sr, shifts):
+        return Features(wave[:1, None], (wave[:1, None],), torch.rand(2, generator=shifts[0]), None)
 
     dataset = prepared(corpus, front_end=draw)
     assert len(dataset) == 5

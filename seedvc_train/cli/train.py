@@ -1,23 +1,21 @@
-"""The command ``seedvc-train``."""
+"""``seedvc-train`` itself: training, where no other command is named."""
 
 from __future__ import annotations
 
 import os
-import sys
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from seedvc_ckpt.errors import CheckpointError
-from seedvc_train.config import ConfigError, load_config
+from seedvc_train.config import load_config
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["main"]
+__all__ = ["command"]
 
-_PRESET = os.path.join(os.path.dirname(__file__), "presets", "config_dit_mel_demo_tiny.yml")
+_PRESET = os.path.join(os.path.dirname(os.path.dirname(__file__)), "presets", "config_dit_mel_demo_tiny.yml")
 _NEEDED = ("numpy", "soundfile", "soxr", "tqdm")
 
 
@@ -33,7 +31,8 @@ def _run_name(_ctx: click.Context, _parameter: click.Parameter, value: str) -> s
     return value
 
 
-@click.command(
+@click.group(
+    invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="Example: seedvc-train --config config_dit_mel_seed_uvit_xlsr_tiny.yml --dataset-dir recordings "
     "--run-name my_run --max-steps 5000. Start the same command again after a crash and it goes on.",
@@ -63,12 +62,15 @@ def _run_name(_ctx: click.Context, _parameter: click.Parameter, value: str) -> s
 @click.option("--features", type=click.Choice(["auto", "builtin"]), default="auto", show_default=True,
               help="Front ends; those that need no weights are all there are in this version.")  # fmt: skip
 @click.option("--demo", is_flag=True, help="Show it all once: train on made-up speech, be killed, resume, export.")
-def command(**options: Any) -> int:
+@click.pass_context
+def command(context: click.Context, /, **options: Any) -> int:
     """Train the DiT of a Seed-VC voice converter, resumable bit for bit.
 
     Checkpoints go to LOG_DIR/RUN_NAME as Seed-VC names them, the weights of the last one to ft_model.pth there.
     Ctrl-C finishes the step, saves and stops; a second one stops at once.
     """
+    if context.invoked_subcommand is not None:
+        return 0
     missing = [name for name in _NEEDED if find_spec(name) is None]
     if missing:
         raise click.UsageError(f"training needs {', '.join(missing)}: run pip install 'seedvc-ckpt[train]'")
@@ -87,7 +89,8 @@ def _train(options: dict[str, Any]) -> int:
     from seedvc_ckpt import CheckpointStore, keep_every, keep_last
     from seedvc_train import run
     from seedvc_train.audio import MelSpectrogram
-    from seedvc_train.dataset import ClipDataset, EpochBatches, loader, scan
+    from seedvc_train.data import TrainingData
+    from seedvc_train.dataset import scan
     from seedvc_train.features.builtin import BuiltinFrontEnd
     from seedvc_train.loop import Limits, train
     from seedvc_train.metrics import MetricsLog
@@ -108,10 +111,7 @@ def _train(options: dict[str, Any]) -> int:
     front_end = BuiltinFrontEnd(config.model_params.length_regulator.in_channels, config.model_params.style_encoder.dim)
     batch_size = options["batch_size"] or config.batch_size
     settings = Settings.of(config, corpus, batch_size=batch_size, seed=seed, features="builtin")
-
-    def batches(epoch: int, position: int) -> Any:
-        order = EpochBatches(len(corpus.clips), batch_size, seed, epoch, position)
-        return loader(ClipDataset(corpus, mel, front_end, seed, epoch), order, options["num_workers"])
+    data = TrainingData(corpus, mel, front_end, batch_size, seed, options["num_workers"])
 
     seed_all(seed)
     state = TrainingState.fresh(build_model(config.model_params).to(device), options["lr"] or LEARNING_RATE)
@@ -134,7 +134,7 @@ def _train(options: dict[str, Any]) -> int:
         limits = Limits(options["max_steps"], options["max_epochs"], options["save_every"], config.log_interval)
         saving = Saving(store, state.optimizers.values(), in_background=not options["sync_save"])
         log = MetricsLog(store, state.step)
-        code = train(state, batches, saving, settings, limits, log)
+        code = train(state, data.batches, saving, settings, limits, log)
         if code:
             _say(f"stopped at step {state.step}, saved; start the same command again to go on")
         else:
@@ -175,28 +175,3 @@ def _device(device: str | None, gpu: int | None) -> torch.device:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
         torch.use_deterministic_algorithms(mode=True, warn_only=True)
     return found
-
-
-def main() -> None:
-    """Run the command and exit."""
-    try:
-        sys.exit(command.main(standalone_mode=False, prog_name="seedvc-train"))
-    except click.exceptions.Abort:
-        click.echo("interrupted", err=True)
-        sys.exit(130)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except ConfigError as error:
-        _fail(error, 2)
-    except (CheckpointError, OSError) as error:
-        _fail(error, 1)
-    except (ValueError, RuntimeError) as error:
-        if not type(error).__module__.startswith("seedvc_train."):
-            raise  # a defect, not a mistake of the user's
-        _fail(error, 1)
-
-
-def _fail(error: Exception, code: int) -> None:
-    click.echo(f"{click.style('error:', fg='red')} {error}", err=True)
-    sys.exit(code)
