@@ -25,6 +25,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	-tests/faults/install_tools
 	-tests/remote/install_servers
+	-tests/train/fetch_seedvc_wheel
 	touch $@
 
 clean:
