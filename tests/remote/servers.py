@@ -511,12 +511,16 @@ class Sshd(Server):
             "PermitRootLogin prohibit-password",
             "UseDNS no",
             "MaxStartups 200",
-            "Subsystem sftp internal-sftp",
+            f"Subsystem sftp {self._subsystem}",
         ]
         Path(self._settings).write_text("\n".join(settings) + "\n")
         newer = "PerSourcePenalties no"  # since OpenSSH 9.8, which else shuts out who breaks off often
         known = subprocess.run([*self._sshd(), "-t", "-o", newer], check=False, capture_output=True).returncode == 0
         Path(self._settings).write_text("\n".join([*settings, newer] if known else settings) + "\n")
+
+    @property
+    def _subsystem(self) -> str:
+        return "internal-sftp"
 
     @property
     def _settings(self) -> str:

@@ -16,7 +16,7 @@ import asyncssh
 import pytest
 import torch
 from asyncssh.sftp import SFTPClientHandler
-from servers import HOST, filesystem
+from servers import HOST, Sshd, filesystem
 
 from seedvc_ckpt import CheckpointNotFoundError, CheckpointStore, LeaseHeldError, SaveFailedError, StorageError
 from seedvc_ckpt.doctor import diagnose
@@ -27,6 +27,7 @@ from seedvc_ckpt.testing import StorageContract
 
 _numbers = itertools.count(1)
 MIB = 1 << 20
+_SFTP_SERVER = "/usr/lib/openssh/sftp-server"
 
 
 @pytest.fixture
@@ -176,6 +177,36 @@ def test_what_is_not_complete_has_a_name_that_nobody_takes_for_a_checkpoint(sshd
     assert temporary.startswith(".tmp-")
     assert temporary.endswith(f"-{os.getpid()}-{process_start(os.getpid())}-{this_machine()}")
     assert names(folder) == ["DiT_epoch_00000_step_00001.pth"]
+
+
+class RecordingSshd(Sshd):
+    """A server that writes down what it was asked to do, in `transcript`."""
+
+    @property
+    def transcript(self):
+        return Path(self.folder, "transcript")
+
+    @property
+    def _subsystem(self):
+        return f"{_SFTP_SERVER} -e -l VERBOSE 2>>{self.transcript}"
+
+
+@pytest.mark.skipif(not os.path.exists(_SFTP_SERVER), reason=f"there is no {_SFTP_SERVER}: install openssh-sftp-server")
+def test_a_save_is_synced_before_its_name_appears_and_so_is_the_folder_after_it(tmp_path):
+    """By the server's own record: fsync of the file, then the rename, then fsync of the folder, before save returns."""
+    if reason := Sshd.missing():
+        pytest.skip(reason)
+    with RecordingSshd(tmp_path) as server, CheckpointStore(server.url("run"), storage_options=server.options) as store:
+        store.acquire()  # what the lease is synced for is not what is looked at
+        before = len(server.transcript.read_text())
+        info = store.save({"a": torch.zeros(10)}, 1)
+        asked = server.transcript.read_text()[before:].splitlines()
+    folder = urlsplit(server.url("run")).path
+    (rename,) = (i for i, line in enumerate(asked) if "rename old" in line and line.endswith(f'/{info.name}"'))
+    temporary = asked[rename].split('"')[1]
+    written = [line for line in asked[:rename] if temporary in line]
+    assert [line.split()[0] for line in written] == ["open", "fsync", "close", "stat"]
+    assert f'fsync "{folder}"' in asked[rename:]
 
 
 def test_a_name_that_was_taken_during_the_upload_is_left_alone(storage, folder):
