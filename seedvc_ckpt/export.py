@@ -101,6 +101,7 @@ def _manifest(source: CheckpointFile, tree: Any) -> Manifest:
         step=known.step,
         epoch=known.epoch,
         metrics=known.metrics,
+        settings=known.settings,
         library=library_version(),
         exported_from=source.name,
     )

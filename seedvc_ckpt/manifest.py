@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from datetime import datetime
 from functools import lru_cache
-from typing import Annotated
+from typing import Annotated, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from seedvc_ckpt.errors import CorruptCheckpointError, UnsafeCheckpointError
 
-__all__ = ["SCHEMA_VERSION", "Manifest", "library_version"]
+__all__ = ["SCHEMA_VERSION", "Manifest", "Setting", "library_version"]
 
 SCHEMA_VERSION = 1
 
 _Count = Annotated[int, Field(ge=0)]
+Setting: TypeAlias = str | int | float | bool | None
+"""A plain value that a run was made with."""
 
 
 class Manifest(BaseModel):
@@ -30,6 +32,7 @@ class Manifest(BaseModel):
         torch: Version of torch that wrote the tensors; None where none was involved.
         library: Version of seedvc-ckpt.
         metrics: The numbers given to `save`.
+        settings: What the run was made with, as given to `save`.
         lease_epoch: On a server, the epoch of the lease under which it was saved: larger for each writer.
         resumed_from: Name of the checkpoint that the run went on from.
         exported_from: Name of the checkpoint that an export was taken from.
@@ -48,6 +51,7 @@ class Manifest(BaseModel):
     torch: str | None = None
     library: str = ""
     metrics: dict[str, Annotated[float, Field(strict=False)]] = {}
+    settings: dict[str, Setting] = {}
     lease_epoch: _Count | None = None
     resumed_from: str | None = None
     exported_from: str | None = None

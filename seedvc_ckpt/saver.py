@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
 
     from seedvc_ckpt.format.staging import Copy, StagingBuffer
+    from seedvc_ckpt.manifest import Setting
 
 __all__ = ["AsyncSaver", "PendingSave"]
 
@@ -94,6 +95,7 @@ class AsyncSaver:
         epoch: SupportsIndex = 0,
         *,
         metrics: Mapping[str, SupportsFloat] | None = None,
+        settings: Mapping[str, Setting] | None = None,
         overwrite: bool = False,
         verify: bool = False,
         when_busy: WhenBusy | None = None,
@@ -105,6 +107,7 @@ class AsyncSaver:
             step: Training steps done.
             epoch: The epoch that is running.
             metrics: Numbers to keep with it.
+            settings: Plain values to keep with it.
             overwrite: Replace a checkpoint of this step.
             verify: Read the file back, in the background.
             when_busy: Instead of the saver's own.
@@ -123,7 +126,9 @@ class AsyncSaver:
                 return None
             self._pending.wait()
             self._told.raise_rest()
-        prepared = self.store.prepare(state, step, epoch, metrics=metrics, overwrite=overwrite, in_background=True)
+        prepared = self.store.prepare(
+            state, step, epoch, metrics=metrics, settings=settings, overwrite=overwrite, in_background=True
+        )
         return self._begin(prepared, verify=verify)
 
     def close(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
@@ -12,7 +13,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from operator import itemgetter
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, SupportsFloat, SupportsIndex
+from typing import TYPE_CHECKING, Any, Literal, SupportsFloat, SupportsIndex, cast
 
 from seedvc_ckpt.checkpoint import CheckpointInfo
 from seedvc_ckpt.errors import (
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
     from seedvc_ckpt.file import CheckpointFile, Inspection
     from seedvc_ckpt.format import torchzip
-    from seedvc_ckpt.manifest import Manifest
+    from seedvc_ckpt.manifest import Manifest, Setting
 
 __all__ = ["CheckpointStore", "PreparedSave", "Resumed"]
 
@@ -218,6 +219,7 @@ class CheckpointStore:
         epoch: SupportsIndex = 0,
         *,
         metrics: Mapping[str, SupportsFloat] | None = None,
+        settings: Mapping[str, Setting] | None = None,
         overwrite: bool = False,
         verify: bool = False,
     ) -> CheckpointInfo:
@@ -228,6 +230,7 @@ class CheckpointStore:
             step: Training steps done.
             epoch: The epoch that is running.
             metrics: Numbers to keep with it, for `keep_best` and for people; tensors and arrays of one number count.
+            settings: Plain values to keep with it: what the run is made with, for `deploy.check` and for people.
             overwrite: Replace a checkpoint of this step.
             verify: Read the file back and check every byte before returning.
 
@@ -238,14 +241,15 @@ class CheckpointStore:
             CheckpointExistsError: if the step is saved already and `overwrite` is false.
             StaleStepError: if a later step is saved already.
             UnsafeCheckpointError: if the state holds what could not be loaded again, naming the path to it.
-            ValueError: for a metric that is no number.
+            ValueError: for a metric that is no number, or a setting that is no plain value.
             MissingMetricError: if a retention rule needs a metric that this or an older checkpoint lacks.
             LeaseHeldError: if another process is writing to the run.
             StorageError: if the folder can't be listed; with `verify`, also if the file can't be read back: then it
                 is there. (Without, that is logged, nothing is pruned, and the save has succeeded.)
             SaveFailedError: if it can't be written. Otherwise, in all these cases, nothing has changed.
         """
-        return self.prepare(state, step, epoch, metrics=metrics, overwrite=overwrite).write(verify=verify)
+        prepared = self.prepare(state, step, epoch, metrics=metrics, settings=settings, overwrite=overwrite)
+        return prepared.write(verify=verify)
 
     def prepare(
         self,
@@ -254,6 +258,7 @@ class CheckpointStore:
         epoch: SupportsIndex = 0,
         *,
         metrics: Mapping[str, SupportsFloat] | None = None,
+        settings: Mapping[str, Setting] | None = None,
         overwrite: bool = False,
         in_background: bool = False,
     ) -> PreparedSave:
@@ -264,6 +269,7 @@ class CheckpointStore:
             step: As for `save`.
             epoch: As for `save`.
             metrics: As for `save`.
+            settings: As for `save`.
             overwrite: As for `save`.
             in_background: Take the lease now, and leave to the second half what takes long and hardly ever fails.
 
@@ -289,6 +295,7 @@ class CheckpointStore:
             created=datetime.now(timezone.utc),
             library=library_version(),
             metrics={key: _metric(key, value) for key, value in (metrics or {}).items()},
+            settings={key: _setting(key, value) for key, value in (settings or {}).items()},
             resumed_from=self._resumed.name if self._resumed else None,
         )
         if self.retention:
@@ -795,6 +802,17 @@ def _metric(key: Any, value: Any) -> float:
     except (TypeError, ValueError, RuntimeError):
         pass  # said below, with the metric's name
     raise ValueError(f"metrics map names to single numbers, got {key!r}: {value!r}")
+
+
+def _setting(key: Any, value: Any) -> Setting:
+    try:
+        plain = value is None or type(value) in (str, bool, int, float)
+        if isinstance(key, str) and plain and not (isinstance(value, int) and value.bit_length() > 63):
+            json.dumps({key: value}, allow_nan=False, ensure_ascii=False).encode()
+            return cast("Setting", value)
+    except ValueError:
+        pass  # said below, with the setting's name
+    raise ValueError(f"settings map names to text, finite numbers of 64 bits, booleans or None, got {key!r}: {value!r}")
 
 
 def _rank() -> int:

@@ -68,7 +68,7 @@ def train(
         nonlocal saved
         metrics = {} if state.running_loss is None else {"loss": state.running_loss}
         log.publish()
-        saving.save(state.to_checkpoint(settings), state.step, state.epoch, metrics)
+        saving.save(state.to_checkpoint(settings), state.step, state.epoch, metrics, settings.for_manifest())
         saved = state.step
 
     with (

@@ -11,6 +11,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from seedvc_ckpt import AsyncSaver, CheckpointStore
+from seedvc_ckpt.manifest import Setting
 from seedvc_ckpt.saver import PendingSave
 
 __all__ = ["Saving"]
@@ -46,7 +47,9 @@ class Saving:
     ) -> None:
         self._stack.__exit__(kind, error, trace)
 
-    def save(self, state: Any, step: int, epoch: int, metrics: Mapping[str, float]) -> None:
+    def save(
+        self, state: Any, step: int, epoch: int, metrics: Mapping[str, float], settings: Mapping[str, Setting]
+    ) -> None:
         """Save a state whose tensors are live.
 
         Raises:
@@ -54,10 +57,10 @@ class Saving:
         """
         began = time.monotonic()
         if self._saver is None:
-            self._store.save(state, step, epoch, metrics=metrics)
+            self._store.save(state, step, epoch, metrics=metrics, settings=settings)
             self._durable = step
         else:
-            pending = self._saver.save(state, step, epoch, metrics=metrics)
+            pending = self._saver.save(state, step, epoch, metrics=metrics, settings=settings)
             self._look()  # at the one before, which it waited for
             self._pending = (step, pending) if pending else None
         self._seconds += time.monotonic() - began

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Any
 
 import torch
 
+from seedvc_ckpt.manifest import Setting
 from seedvc_train.config import Config
 from seedvc_train.dataset import Corpus
 
 __all__ = ["Settings"]
 
 _SHOWN = 8
+# what a service sets up from the YAML beside the weights, and must set up as training did
+_OF_THE_SERVICE = (
+    "preprocess_params.",
+    "model_params.speech_tokenizer.",
+    "model_params.style_encoder.dim",
+    "model_params.length_regulator.f0_condition",
+    "model_params.length_regulator.n_f0_bins",
+    "model_params.DiT.f0_condition",
+)
 
 
 @dataclass(frozen=True)
@@ -34,10 +45,23 @@ class Settings:
         values = {**dict(_flat(sections)), **options}
         return cls(values, {clip.path: clip.digest for clip in corpus.clips})
 
+    def for_manifest(self) -> dict[str, Setting]:
+        """What a service has to agree with, the options of the run, and the digest of its data (`Corpus.digest`)."""
+        kept = {
+            name: value
+            for name, value in self.values.items()
+            if name.startswith(_OF_THE_SERVICE) or not name.startswith("model_params.")
+        }
+        plain = {name: value for name, value in kept.items() if value is None or type(value) in (str, bool, int, float)}
+        return {**plain, "data": blake2b(self._listed_files(), digest_size=16).hexdigest()}
+
+    def _listed_files(self) -> bytes:
+        lines = "".join(f"{digest} {path}\0" for path, digest in self.files.items())
+        return lines.encode("utf-8", "surrogateescape")
+
     def to_plain(self) -> dict[str, Any]:
         """The settings as a checkpoint keeps them; the file list as bytes, to keep the pickle small."""
-        lines = "".join(f"{digest} {path}\0" for path, digest in self.files.items())
-        listed = bytearray(lines.encode("utf-8", "surrogateescape"))
+        listed = bytearray(self._listed_files())
         files = torch.frombuffer(listed, dtype=torch.uint8) if listed else torch.empty(0, dtype=torch.uint8)
         return {"values": dict(self.values), "files": files}
 

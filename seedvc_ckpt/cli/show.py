@@ -47,9 +47,11 @@ def command(
     if found.manifest is None:
         click.echo("no manifest: not written by seedvc-ckpt")
     else:
-        said = found.manifest.model_dump(exclude_none=True, exclude_defaults=True)
+        said = found.manifest.model_dump(exclude_none=True, exclude_defaults=True, exclude={"settings"})
         for key, value in said.items():
             click.echo(f"  {key:<14} {_brief(value)}")
+        for number, (key, value) in enumerate(found.manifest.settings.items()):
+            click.echo(f"  {'settings' if number == 0 else '':<14} {_brief(f'{key}: {value}')}")
     click.echo()
     if tensors:
         rows = [(path, ref.dtype, "×".join(map(str, ref.shape)), readable_size(ref.nbytes)) for path, ref in

@@ -133,6 +133,9 @@ def test_show_tells_what_is_inside(invoke, run, filled, golden):
     assert document["values"] == {"iters": 500}
     assert document["tensors"]["net['cfm']['weight']"]["shape"] == [600]
     assert "no manifest" in invoke("show", golden / FILE).stdout
+    CheckpointStore(run).save({"x": 1}, 600, settings={"preprocess_params.sr": 44100, "features": "builtin"})
+    text = invoke("show", run).stdout
+    assert re.search(r"settings +preprocess_params.sr: 44100\n +features: builtin\n", text)
     assert "torch._utils._rebuild_tensor_v2" in answer(invoke("show", golden, "--globals", "--json"))
     torch.save({"x": os.path.join}, run / "odd.pth")
     assert "posixpath.join" in invoke("show", run / "odd.pth", "--globals").stdout

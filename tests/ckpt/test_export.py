@@ -51,7 +51,8 @@ def same(one, other):
 @pytest.fixture
 def store(tmp_path):
     with CheckpointStore(tmp_path / "run") as store:
-        store.save({"net": network(), "optimizer": [torch.ones(9)], "iters": 5}, 5, 1, metrics={"loss": 0.5})
+        state = {"net": network(), "optimizer": [torch.ones(9)], "iters": 5}
+        store.save(state, 5, 1, metrics={"loss": 0.5}, settings={"sr": 9})
         yield store
 
 
@@ -83,6 +84,7 @@ def test_the_manifest_says_where_it_came_from_and_no_time(name, store, tmp_path)
             assert file.metadata()["format"] == "pt"
             found = json.loads(file.metadata()["seedvc_ckpt"])
     assert (found["run"], found["step"], found["epoch"], found["metrics"]) == ("run", 5, 1, {"loss": 0.5})
+    assert found["settings"] == {"sr": 9}
     assert found["exported_from"] == "DiT_epoch_00001_step_00005.pth"
     assert "created" not in found
 

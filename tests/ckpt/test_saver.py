@@ -264,8 +264,9 @@ def test_errors_that_can_be_known_are_raised_at_once(run, state):
             saver.save(loop, 6)
         with pytest.raises(ValueError, match="loss"):
             saver.save(state(6), 6, metrics={"loss": "low"})
-        assert saver.save(state(6), 6, epoch=2, metrics={"loss": 0.5}).result().epoch == 2
+        assert saver.save(state(6), 6, epoch=2, metrics={"loss": 0.5}, settings={"sr": 16}).result().epoch == 2
     assert store.inspect().manifest.metrics == {"loss": 0.5}
+    assert store.inspect().manifest.settings == {"sr": 16}
     with pytest.raises(TypeError, match=r"torch\.optim\.Optimizer"):
         saver.guard("adam")
     with pytest.raises(ValueError, match="when_busy"):

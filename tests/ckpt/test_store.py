@@ -248,6 +248,10 @@ def refusals(state):
         "unsafe overwrite": (UnsafeCheckpointError, "odd", lambda s: s.save(unsafe, 1000, overwrite=True)),
         "metric": (ValueError, "'loss': 'low'", lambda s: s.save(state(), 2000, metrics={"loss": "low"})),
         "metrics": (ValueError, "'loss': tensor", lambda s: s.save(state(), 2000, metrics={"loss": torch.ones(2)})),
+        "setting": (ValueError, "'sr': inf", lambda s: s.save(state(), 2000, settings={"sr": math.inf})),
+        "setting's kind": (ValueError, "'sr': \\[1\\]", lambda s: s.save(state(), 2000, settings={"sr": [1]})),
+        "setting's text": (ValueError, "settings map", lambda s: s.save(state(), 2000, settings={"run": "\udc80"})),
+        "setting's size": (ValueError, "settings map", lambda s: s.save(state(), 2000, settings={"n": 1 << 64})),
         "metric's name": (ValueError, "got 3: 1", lambda s: s.save(state(), 2000, metrics={3: 1})),
         "rewind": (CheckpointNotFoundError, "nearest", lambda s: s.rewind(750)),
         "unknown file": (CheckpointNotFoundError, "set aside", lambda s: s.set_aside("nothing.pth", "why")),
@@ -374,6 +378,26 @@ def test_the_manifest_tells_the_save(run, state, filled):
     with zipfile.ZipFile(run / store.latest().name) as archive:
         (record,) = [name for name in archive.namelist() if name.endswith("/seedvc_ckpt.json")]
         assert json.loads(archive.read(record))["step"] == 1000
+
+
+def test_settings_come_back_as_they_were(location, state):
+    """Text, numbers, booleans and None stand in the manifest with their types; a file without them has none."""
+    store = CheckpointStore(location)
+    settings = {"name": "whisper ü", "sr": 44100, "fmin": 0.0, "f0": True, "fmax": None, "big": 2**63 - 1}
+    store.save(state(), 1, settings=settings, verify=True)
+    found = store.inspect().manifest.settings
+    assert found == settings
+    assert [type(value) for value in found.values()] == [type(value) for value in settings.values()]
+    store.save(state(), 2)
+    assert store.inspect().manifest.settings == {}
+
+
+def test_what_other_versions_know_is_ignored():
+    """A manifest may lack the newer fields and hold fields of later versions; a field of the wrong kind is damage."""
+    assert Manifest.from_json(b'{"step": 3}', "x").settings == {}
+    assert Manifest.from_json(b'{"settings": {"sr": 1}, "later": [1]}', "x").settings == {"sr": 1}
+    with pytest.raises(CorruptCheckpointError, match=r"manifest.*settings\.sr"):
+        Manifest.from_json(b'{"settings": {"sr": [1]}}', "x")
 
 
 @pytest.mark.parametrize(

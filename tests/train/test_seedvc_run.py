@@ -11,7 +11,9 @@ import runs
 import torch
 
 from seedvc_ckpt import CheckpointStore
+from seedvc_ckpt.file import CheckpointFile
 from seedvc_train.corpus import write_demo_corpus
+from seedvc_train.dataset import scan
 from seedvc_train.state import StateError
 
 NAMES = ("DiT_epoch_00001_step_00010.pth", "DiT_epoch_00002_step_00020.pth")
@@ -88,6 +90,23 @@ def test_our_checkpoints_have_its_layout(recordings: Path, logs: Path) -> None:
         assert type(ours["net"][module]) is type(tensors)
     assert [type(pair) for pair in ours["optimizer"]] == [tuple, tuple]
     assert [set(pair[1]) for pair in ours["scheduler"]] == [set(pair[1]) for pair in theirs["scheduler"]]
+
+
+def test_our_exports_say_what_a_service_must_agree_with(recordings: Path, logs: Path) -> None:
+    """The manifest of a checkpoint and its export has the audio settings, front ends, options and data of the run."""
+    runs.train(recordings, logs, max_steps=21, lr=None)
+    saved = CheckpointStore(logs / "run").inspect().manifest
+    assert saved is not None
+    assert saved.settings["preprocess_params.sr"] == 22050
+    assert saved.settings["preprocess_params.spect_params.hop_length"] == 256
+    assert saved.settings["model_params.speech_tokenizer.type"] == "xlsr"
+    assert saved.settings["model_params.DiT.f0_condition"] is False
+    assert saved.settings["features"] == "builtin"
+    assert saved.settings["data"] == scan(str(recordings), 22050).digest()
+    assert "model_params.DiT.depth" not in saved.settings  # the tensors tell
+    exported = CheckpointFile.at(logs / "run" / "ft_model.pth").manifest()
+    assert exported is not None
+    assert exported.settings == saved.settings
 
 
 def test_steps_never_go_back(recordings: Path, logs: Path) -> None:
