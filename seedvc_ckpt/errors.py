@@ -9,7 +9,7 @@
     ├── CorruptCheckpointError                         proven damage: file, record and reason
     ├── UnsafeCheckpointError                          asks for more than plain data and tensors
     ├── PatternError              (ValueError)         a naming template that can't be used
-    ├── MissingMetricError        (LookupError)        a retention rule needs a metric that a manifest lacks
+    ├── MissingMetricError        (LookupError)        a rule or question needs a metric that no checkpoint has
     ├── LeaseHeldError            (TimeoutError)       another writer holds the run
     ├── SaveFailedError           (OSError)            a save that published nothing
     ├── StorageError              (OSError)            the storage could not be read, listed or changed
@@ -94,7 +94,7 @@ class PatternError(CheckpointError, ValueError):
 
 
 class MissingMetricError(CheckpointError, LookupError):
-    """A retention rule asks for a metric that a checkpoint does not record."""
+    """A retention rule, or who asks for the best, needs a metric that no checkpoint has."""
 
 
 class LeaseHeldError(CheckpointError, TimeoutError):

@@ -74,7 +74,20 @@ class CheckpointFile:
     def manifest(self) -> Manifest | None:
         """What the file says of itself; None in files of others."""
         with self.opened() as archive:
-            return self._manifest(archive)
+            return self.manifest_of(archive)
+
+    def manifest_of(self, archive: Archive) -> Manifest | None:
+        """The manifest in the opened file; None in files of others."""
+        manifest = archive.manifest()
+        if not (manifest and self.pattern):
+            return manifest
+        if self._belongs_to_another(manifest, self.pattern):
+            raise CorruptCheckpointError(
+                archive.source.name,
+                "the manifest",
+                f"says step {manifest.step}, epoch {manifest.epoch}: the file was renamed, or swapped with another",
+            )
+        return manifest
 
     def inspect(self) -> Inspection:
         """What it holds, without reading tensor data."""
@@ -83,7 +96,7 @@ class CheckpointFile:
             tensors = {
                 contents.path_text(path): leaf for path, leaf in contents.walk(tree) if isinstance(leaf, TensorRef)
             }
-            return Inspection(archive.source.name, archive.source.size, self._manifest(archive), tree, tensors)
+            return Inspection(archive.source.name, archive.source.size, self.manifest_of(archive), tree, tensors)
 
     def globals(self) -> list[str]:
         """The names that the file's pickle asks for, without loading it."""
@@ -101,7 +114,7 @@ class CheckpointFile:
             UnsafeCheckpointError: if it holds more than plain data and tensors.
         """
         with self.opened() as archive:
-            self._manifest(archive)
+            self.manifest_of(archive)
             tree = contents.read_tree(archive)
             archive.verify(contents.storage_names(tree), progress)
             return self._oddities(archive, tree)
@@ -120,7 +133,7 @@ class CheckpointFile:
         if cache_dir is not None:
             return self._load_cached(cache_dir, map_location=map_location, verify=verify)
         with self.opened() as archive:
-            self._manifest(archive)
+            self.manifest_of(archive)
             state = torchzip.decode(archive, map_location=map_location, verify=verify, mmap=mmap)
             for oddity in self._oddities(archive, state):
                 _log.warning("%s %s", archive.source.name, oddity)
@@ -148,18 +161,6 @@ class CheckpointFile:
         if named is None or type(iters) is not int or iters == named.step:
             return ()
         return (f"is named step {named.step} but holds step {iters} ('iters'): it was renamed or swapped with another",)
-
-    def _manifest(self, archive: Archive) -> Manifest | None:
-        manifest = archive.manifest()
-        if not (manifest and self.pattern):
-            return manifest
-        if self._belongs_to_another(manifest, self.pattern):
-            raise CorruptCheckpointError(
-                archive.source.name,
-                "the manifest",
-                f"says step {manifest.step}, epoch {manifest.epoch}: the file was renamed, or swapped with another",
-            )
-        return manifest
 
     def _belongs_to_another(self, manifest: Manifest, pattern: NamePattern) -> bool:
         try:

@@ -11,13 +11,16 @@ from typing import Literal
 from seedvc_ckpt.checkpoint import CheckpointInfo
 from seedvc_ckpt.errors import MissingMetricError
 
-__all__ = ["Metrics", "Plan", "Rule", "keep_best", "keep_every", "keep_last", "keep_within", "plan"]
+__all__ = ["Metrics", "Mode", "Plan", "Rule", "keep_best", "keep_every", "keep_last", "keep_within", "plan", "ranked"]
 
 Metrics = Mapping[CheckpointInfo, Mapping[str, float]]
 """The metrics of each checkpoint; looked up only by rules that need them."""
 
 Rule = Callable[[Sequence[CheckpointInfo], Metrics], Mapping[CheckpointInfo, str]]
 """From a listing, ascending by (step, epoch), to the checkpoints to keep, each with the reason."""
+
+Mode = Literal["min", "max"]
+"""Which of two values of a metric is better: the smaller or the larger."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ def plan(infos: Iterable[CheckpointInfo], rules: Rule | Sequence[Rule] | None, m
     The newest and the pinned ones stay whatever the rules say.
 
     Raises:
-        MissingMetricError: if a rule needs a metric that a checkpoint lacks.
+        MissingMetricError: if a rule needs a metric that no checkpoint has.
     """
     listing = sorted(infos, key=lambda info: (info.step, info.epoch))
     reasons: dict[CheckpointInfo, list[str]] = {info: [] for info in listing}
@@ -93,13 +96,20 @@ def keep_within(age: timedelta) -> Rule:
     return rule
 
 
-def keep_best(metric: str, n: int = 1, mode: Literal["min", "max"] = "min") -> Rule:
+def keep_best(metric: str, n: int = 1, mode: Mode = "min", *, scored_later: bool = False) -> Rule:
     """Keep the `n` checkpoints with the smallest (or, with mode "max", largest) `metric`, n ≥ 1.
 
-    Of equal values the newer counts as better; NaN is worse than any number.
+    Of equal values the newer counts as better; NaN is worse than any number. A checkpoint that lacks the metric while
+    others have it is not scored yet, and stays.
+
+    Args:
+        metric: Given to `save`, or to `CheckpointStore.add_scores`.
+        n: How many.
+        mode: Which is better.
+        scored_later: Keep all as long as none is scored, instead of raising.
 
     Raises:
-        MissingMetricError: from the rule, if a checkpoint lacks the metric.
+        MissingMetricError: from the rule, if no checkpoint has the metric.
     """
     _positive("keep_best", n)
     if not isinstance(metric, str) or not metric:
@@ -107,29 +117,48 @@ def keep_best(metric: str, n: int = 1, mode: Literal["min", "max"] = "min") -> R
     if mode not in ("min", "max"):
         raise ValueError(f'keep_best takes mode "min" or "max", got {mode!r}')
 
-    def badness(value: float) -> float:
-        if math.isnan(value):
-            return math.inf
-        return value if mode == "min" else -value
-
     def rule(infos: Sequence[CheckpointInfo], metrics: Metrics) -> dict[CheckpointInfo, str]:
-        values = {info: _metric(info, metric, metrics) for info in infos}
-        newest_first = list(reversed(infos))
-        best = sorted(newest_first, key=lambda info: (math.isnan(values[info]), badness(values[info])))[:n]
-        return {info: f"best {metric} ({mode}), {values[info]:.6g}" for info in best}
+        try:
+            best = ranked(infos, metric, mode, metrics)
+        except MissingMetricError:
+            if not scored_later:
+                raise
+            best = []
+        kept = {info: f"best {metric} ({mode}), {metrics[info][metric]:.6g}" for info in best[:n]}
+        return {**dict.fromkeys(set(infos) - set(best), f"no {metric} yet"), **kept}
 
     return rule
 
 
-def _metric(info: CheckpointInfo, metric: str, metrics: Metrics) -> float:
-    recorded = metrics.get(info, {})
-    if metric not in recorded:
-        known = ", ".join(sorted(recorded)) or "none"
+def ranked(infos: Sequence[CheckpointInfo], metric: str, mode: Mode, metrics: Metrics) -> list[CheckpointInfo]:
+    """Those of the checkpoints that have the metric, best first; the order of `keep_best`.
+
+    Args:
+        infos: Ascending by (step, epoch).
+        metric: Its name.
+        mode: Whether the smallest or the largest is best.
+        metrics: The metrics of each checkpoint.
+
+    Raises:
+        MissingMetricError: if there are checkpoints, and none has it.
+    """
+    known = {info: metrics.get(info, {}) for info in infos}
+    values = {info: found[metric] for info, found in known.items() if metric in found}
+    if infos and not values:
+        others = ", ".join(sorted({name for found in known.values() for name in found})) or "none"
         raise MissingMetricError(
-            f"{info.name} records no metric {metric!r} (it has: {known}): pass metrics={{{metric!r}: …}} to every "
-            "save, or choose another rule"
+            f"no checkpoint has the metric {metric!r} (they have: {others}): pass metrics={{{metric!r}: …}} to every "
+            "save, score them with add_scores or seedvc-train evaluate, or choose another metric"
         )
-    return recorded[metric]
+
+    def badness(info: CheckpointInfo) -> tuple[bool, float]:
+        value = values[info]
+        if math.isnan(value):
+            return True, 0.0
+        return False, value if mode == "min" else -value
+
+    newest_first = list(reversed(values))
+    return sorted(newest_first, key=badness)
 
 
 def _positive(rule: str, number: int) -> None:

@@ -26,7 +26,7 @@ from seedvc_ckpt.errors import (
     StorageError,
 )
 from seedvc_ckpt.naming import SEED_VC, NamePattern, ParsedName, checked_number
-from seedvc_ckpt.retention import Plan, Rule, plan
+from seedvc_ckpt.retention import Mode, Plan, Rule, plan, ranked
 from seedvc_ckpt.storage import Entry, Lease, Stat, Storage, open_storage
 from seedvc_ckpt.storage.leftovers import Leftover
 
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from seedvc_ckpt.file import CheckpointFile, Inspection
     from seedvc_ckpt.format import torchzip
     from seedvc_ckpt.manifest import Manifest, Setting
+    from seedvc_ckpt.scores import Scores
 
 __all__ = ["CheckpointStore", "PreparedSave", "Resumed"]
 
@@ -242,7 +243,7 @@ class CheckpointStore:
             StaleStepError: if a later step is saved already.
             UnsafeCheckpointError: if the state holds what could not be loaded again, naming the path to it.
             ValueError: for a metric that is no number, or a setting that is no plain value.
-            MissingMetricError: if a retention rule needs a metric that this or an older checkpoint lacks.
+            MissingMetricError: if a retention rule needs a metric that neither this nor an older checkpoint has.
             LeaseHeldError: if another process is writing to the run.
             StorageError: if the folder can't be listed; with `verify`, also if the file can't be read back: then it
                 is there. (Without, that is logged, nothing is pruned, and the save has succeeded.)
@@ -411,6 +412,79 @@ class CheckpointStore:
                 self._remove(made, seen, self._acquired())
         return made
 
+    def scores(self) -> dict[CheckpointInfo, dict[str, float]]:
+        """The numbers known of each checkpoint, ascending: the metrics given to `save`, and scores over them.
+
+        Each file is opened for what it says of itself; of one that can't be read for being damaged, or that is gone,
+        nothing is known. Of a metric that was computed on several data only the numbers on its newest are given.
+
+        Raises:
+            StorageError: if the run can't be read.
+        """
+        known, found = _Metrics(self._storage, self._file, self.list(), {}), {}
+        for info in known:
+            try:
+                found[info] = dict(known[info])
+            except _UnjudgedError as error:
+                if isinstance(error.cause, StorageError):
+                    raise error.cause from None
+                found[info] = {}
+        return found
+
+    def add_scores(
+        self,
+        which: SupportsIndex | CheckpointInfo,
+        scores: Mapping[str, SupportsFloat],
+        *,
+        on: Mapping[str, str] | str = "",
+    ) -> None:
+        """Write down what a saved checkpoint was found to be worth, in the run's ``scores.jsonl``; needs no lease.
+
+        Several processes may do so while another one trains. Another checkpoint that takes the place of this one does
+        not inherit its scores.
+
+        Args:
+            which: A step, or the info that was scored.
+            scores: Numbers by metric; each replaces what was known of that metric.
+            on: What they were computed on, or that by metric. Numbers on something else than the newest are left
+                aside, since they don't compare; metrics given to `save` count as computed on "".
+
+        Raises:
+            CheckpointNotFoundError: if there is no such checkpoint, or it is another one by now.
+            ValueError: for a score that is no number.
+            CorruptCheckpointError: if the checkpoint is damaged.
+            StorageError: if the run can't be read or written.
+        """
+        self._refuse_changes("score its checkpoints")
+        from seedvc_ckpt.scores import Score, append, directory_digest  # pydantic is slow to import
+
+        info = self._find(which)
+        with self._file(info).opened() as archive:
+            digest = directory_digest(archive)
+        now = self._storage.stat(info.name)
+        if now is None or (now.size, now.modified) != (info.size, info.modified):
+            raise CheckpointNotFoundError(f"{info.name} in {self.location} is another one by now: score that one")
+        numbers = {metric: _metric(metric, value) for metric, value in scores.items()}
+        basis = dict.fromkeys(numbers, on) if isinstance(on, str) else on
+        told = {metric: basis[metric] for metric in numbers if basis.get(metric)}
+        line = Score(
+            name=info.name, step=info.step, epoch=info.epoch, size=info.size, digest=digest, scores=numbers, on=told
+        )
+        append(self._storage, line)
+
+    def best(self, metric: str, mode: Mode = "min") -> CheckpointInfo:
+        """The checkpoint with the smallest (or, with mode "max", largest) `metric`, as `keep_best` has it.
+
+        Raises:
+            CheckpointNotFoundError: if there is no checkpoint at all.
+            MissingMetricError: if none has the metric.
+            StorageError: if the run can't be read.
+        """
+        known = self.scores()
+        if not known:
+            raise self._none()
+        return ranked(list(known), metric, mode, known)[0]
+
     def pin(self, which: SupportsIndex | CheckpointInfo) -> CheckpointInfo:
         """Keep a checkpoint from being pruned, by an empty file ``<name>.pin`` beside it; needs no lease.
 
@@ -539,7 +613,7 @@ class CheckpointStore:
         if which is None:
             newest = self.latest()
             if newest is None:
-                raise CheckpointNotFoundError(f"no checkpoint named like {self.pattern.template} in {self.location}")
+                raise self._none()
             return newest
         found = self._at_step(checked_number("step", which))
         if len(found) > 1:
@@ -549,6 +623,9 @@ class CheckpointStore:
                 "the one that you mean, from list()"
             )
         return found[0]
+
+    def _none(self) -> CheckpointNotFoundError:
+        return CheckpointNotFoundError(f"no checkpoint named like {self.pattern.template} in {self.location}")
 
     def _at_step(self, step: int) -> Sequence[CheckpointInfo]:
         infos = self.list()
@@ -725,16 +802,16 @@ class CheckpointStore:
         metrics: Mapping[CheckpointInfo, Mapping[str, float]] | None = None,
     ) -> Plan:
         """What the rules keep, and what they may not remove."""
-        readable, unreadable = [*infos], []
-        recorded = _ManifestMetrics(self._file, readable, metrics or {})
+        judged, unjudged = [*infos], []
+        known = _Metrics(self._storage, self._file, [*infos], metrics or {})
         while True:
             try:
-                made = plan(readable, self.retention, recorded)
+                made = plan(judged, self.retention, known)
                 break
-            except _UnreadableManifestError as error:
-                readable.remove(error.info)
-                unreadable.append(error.info)
-        keep = {**made.keep, **dict.fromkeys(unreadable, ("its manifest can't be read",))}
+            except _UnjudgedError as error:
+                judged.remove(error.info)
+                unjudged.append(error)
+        keep = {**made.keep, **{error.info: (error.why,) for error in unjudged}}
         if not self._intact & {info.name for info in keep}:
             spared = [info for info in made.remove if self._resumed and info.name == self._resumed.name]
             keep.update(dict.fromkeys(spared, ("resumed from, and the only one known to be intact",)))
@@ -761,32 +838,68 @@ class CheckpointStore:
                 _log.warning("not pruned: %s in %s: %s", info.name, self.location, error)
 
 
-class _UnreadableManifestError(Exception):
-    def __init__(self, info: CheckpointInfo) -> None:
+class _UnjudgedError(Exception):
+    def __init__(self, info: CheckpointInfo, why: str, cause: CheckpointError) -> None:
         self.info = info
+        self.why = why
+        self.cause = cause
 
 
-class _ManifestMetrics(Mapping[CheckpointInfo, Mapping[str, float]]):
-    """The metrics in the manifests, read when a rule asks for them."""
+class _Metrics(Mapping[CheckpointInfo, Mapping[str, float]]):
+    """The metrics of manifests and the scores over them, read when a rule asks for them.
+
+    Args:
+        storage: The run.
+        file: Opens a checkpoint of it.
+        infos: Its checkpoints.
+        coming: The metrics of a checkpoint that is not there yet.
+    """
 
     def __init__(
         self,
+        storage: Storage,
         file: Callable[[CheckpointInfo], CheckpointFile],
         infos: Sequence[CheckpointInfo],
-        known: Mapping[CheckpointInfo, Mapping[str, float]],
+        coming: Mapping[CheckpointInfo, Mapping[str, float]],
     ) -> None:
+        self._storage = storage
         self._file = file
         self._infos = infos
-        self._known = dict(known)
+        self._coming = coming
+        self._known: dict[CheckpointInfo, Mapping[str, float]] = {}
+        self._scores: Scores | CheckpointError | None = None
 
     def __getitem__(self, info: CheckpointInfo) -> Mapping[str, float]:
         if info not in self._known:
-            try:
-                manifest = self._file(info).manifest()
-            except CheckpointError:
-                raise _UnreadableManifestError(info) from None
-            self._known[info] = manifest.metrics if manifest else {}
+            scores = self._read()
+            if isinstance(scores, CheckpointError):
+                raise _UnjudgedError(info, "the scores can't be read", scores) from None
+            self._known[info] = scores.of(info.name, *self._recorded(info))
         return self._known[info]
+
+    def _recorded(self, info: CheckpointInfo) -> tuple[str, Mapping[str, float]]:
+        """The digest of a checkpoint's directory and the metrics in its manifest."""
+        if info in self._coming:
+            return "", self._coming[info]
+        from seedvc_ckpt.scores import directory_digest
+
+        file = self._file(info)
+        try:
+            with file.opened() as archive:
+                manifest = file.manifest_of(archive)
+                return directory_digest(archive), manifest.metrics if manifest else {}
+        except CheckpointError as error:
+            raise _UnjudgedError(info, "its manifest can't be read", error) from None
+
+    def _read(self) -> Scores | CheckpointError:
+        from seedvc_ckpt.scores import Scores
+
+        if self._scores is None:
+            try:
+                self._scores = Scores.read(self._storage, self._infos)
+            except StorageError as error:
+                self._scores = error
+        return self._scores
 
     def __iter__(self) -> Iterator[CheckpointInfo]:
         return iter(self._infos)

@@ -7,7 +7,7 @@ import shlex
 
 import click
 
-from seedvc_ckpt.cli.target import checkpoint_at, is_url, pattern_option, step_option
+from seedvc_ckpt.cli.target import Which, checkpoint_at, is_url, pattern_option, step_option
 from seedvc_ckpt.export import export_to
 from seedvc_ckpt.naming import NamePattern
 from seedvc_ckpt.storage import Storage, open_parent, plain_location, read_file
@@ -30,7 +30,7 @@ __all__ = ["command"]
 @click.option("--force", is_flag=True, help="Replace an existing target.")
 def command(
     run_or_file: str,
-    step: int | None,
+    step: Which,
     pattern: NamePattern,
     out: str | None,
     config: str | None,

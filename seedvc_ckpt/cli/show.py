@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from seedvc_ckpt.cli.output import as_json, columns, json_option, readable_size
-from seedvc_ckpt.cli.target import checkpoint_at, pattern_option, step_option
+from seedvc_ckpt.cli.target import Which, checkpoint_at, pattern_option, step_option
 from seedvc_ckpt.file import Inspection
 from seedvc_ckpt.format.contents import CONTAINERS, TensorRef, walk
 from seedvc_ckpt.naming import NamePattern
@@ -24,7 +24,7 @@ __all__ = ["command"]
 @json_option
 def command(
     run_or_file: str,
-    step: int | None,
+    step: Which,
     pattern: NamePattern,
     tensors: bool,  # noqa: FBT001
     globals_: bool,  # noqa: FBT001

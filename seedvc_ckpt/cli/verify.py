@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import click
 
 from seedvc_ckpt.cli.output import as_json, json_option, progress_bar
-from seedvc_ckpt.cli.target import checkpoint_at, pattern_option, run_at, step_option
+from seedvc_ckpt.cli.target import Which, checkpoint_at, pattern_option, run_at, step_option
 from seedvc_ckpt.errors import CheckpointError, CorruptCheckpointError
 from seedvc_ckpt.file import CheckpointFile
 from seedvc_ckpt.naming import NamePattern
@@ -24,7 +24,7 @@ __all__ = ["command"]
 @json_option
 def command(
     run_or_file: str,
-    step: int | None,
+    step: Which,
     pattern: NamePattern,
     all_: bool,  # noqa: FBT001
     as_json_: bool,  # noqa: FBT001
@@ -32,7 +32,7 @@ def command(
     """Check every byte of a checkpoint; exit 1 and name the tensor when one is damaged."""
     if all_:
         if step is not None:
-            raise click.UsageError("--all means every step: leave out --step")
+            raise click.UsageError("--all means every step: leave out --step and --best")
         store = run_at(run_or_file, pattern=pattern, read_only=True)
         files = [store.file(info) for info in store.list()]
     else:

@@ -72,13 +72,16 @@ def test_unknown_names_are_attribute_errors():
 def test_the_store_takes_the_documented_arguments():
     """The signatures that users write against stay as documented."""
     expected = {
-        "save": ["state", "step", "epoch", "metrics", "overwrite", "verify"],
+        "save": ["state", "step", "epoch", "metrics", "settings", "overwrite", "verify"],
         "list": [],
         "latest": [],
         "load": ["which", "map_location", "mmap", "verify", "cache_dir"],
         "resume": ["map_location", "mmap"],
         "inspect": ["which"],
         "prune": ["dry_run"],
+        "scores": [],
+        "add_scores": ["which", "scores", "on"],
+        "best": ["metric", "mode"],
         "rewind": ["step", "dry_run"],
         "close": [],
     }

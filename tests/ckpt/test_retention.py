@@ -98,10 +98,25 @@ def test_nan_is_worse_than_any_number(mode):
 
 
 def test_a_missing_metric_is_named():
-    """The error tells which checkpoint, which metric, and what it has instead."""
+    """A metric that no checkpoint has is refused, with what they have instead."""
     metrics = {**LOSS, TEN[3]: {"score": 1.0, "lr": 2.0}}
-    with pytest.raises(MissingMetricError, match=r"0_400 records no metric 'loss' \(it has: lr, score\)"):
-        plan(TEN, keep_best("loss"), metrics)
+    with pytest.raises(MissingMetricError, match=r"no checkpoint has the metric 'los' \(they have: loss, lr, score\)"):
+        plan(TEN, keep_best("los"), metrics)
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_what_is_not_scored_yet_stays(later):
+    """A checkpoint is never removed for lack of a score, and takes no place among the best."""
+    scored = {item: LOSS[item] for item in TEN[2:8]}
+    made = plan(TEN, keep_best("loss", 2, scored_later=later), scored)
+    assert [item.step for item in made.keep] == [100, 200, 500, 600, 900, 1000]
+    assert made.keep[TEN[0]] == ("no loss yet",)
+    assert made.keep[TEN[4]] == ("best loss (min), 1",)
+
+
+def test_scores_may_come_later():
+    """A rule that was told so keeps everything as long as nothing is scored."""
+    assert plan(TEN, keep_best("loss", scored_later=True), {}).remove == ()
 
 
 @pytest.mark.parametrize("number", [0, -1, True, 1.0, "3", None, math.nan])

@@ -68,6 +68,31 @@ def test_a_run_on_a_server_is_one_on_a_disk(remote, tmp_path):
     assert [name for name, _ in told[0][0]] == [name for name, _ in told[1][0]]
 
 
+_SCORER = """
+import json, sys
+from seedvc_ckpt import CheckpointStore
+store = CheckpointStore(sys.argv[1], storage_options=json.loads(sys.argv[2]))
+for number in range(4):
+    store.add_scores(1, {f"{sys.argv[3]} {number}": number})
+"""
+
+
+def test_a_run_on_a_server_is_scored_by_several_while_it_trains(remote):
+    """No score is lost though the server can't append, and the run's own lease is with its trainer."""
+    url, options = remote
+    with CheckpointStore(url, storage_options=options) as store:
+        store.save(state(), 1, metrics={"loss": 1})
+        command = [sys.executable, "-c", _SCORER, url, json.dumps(options)]
+        scorers = [subprocess.Popen([*command, name]) for name in "ab"]
+        for number in range(4):
+            store.add_scores(1, {f"c {number}": number})
+        store.save(state(2), 2)
+        assert [scorer.wait(300) for scorer in scorers] == [0, 0]
+        found = store.scores()
+    assert [*map(len, found.values())] == [13, 0]
+    assert not [finding for finding in diagnose(store) if finding.problem]
+
+
 def test_every_command_takes_a_url(server, remote):
     """With the vendor's own environment variables the commands need nothing but the URL."""
     url, options = remote
@@ -76,6 +101,7 @@ def test_every_command_takes_a_url(server, remote):
             store.save(state(step), step, metrics={"loss": 1 / step})
     for words, code in (
         (["ls", url], 0),
+        (["ls", url, "--metric", "loss"], 0),
         (["latest", url], 0),
         (["show", url], 0),
         (["verify", url, "--all"], 0),
@@ -85,7 +111,7 @@ def test_every_command_takes_a_url(server, remote):
         (["prune", url, "--keep-last", "1", "--dry-run"], 0),
         (["gc", url], 0),
         (["doctor", url], 0),
-        (["export", url], 0),
+        (["export", url, "--best", "loss"], 0),
         (["rewind", url, "1"], 0),
     ):
         result = command(server, *words)
