@@ -1,0 +1,91 @@
+"""Small random models, saved as ``transformers`` saves the large ones; and a CAM++ of made-up weights."""
+
+from __future__ import annotations
+
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from seedvc_train.features.campplus import CampplusNetwork
+
+WHISPER_DIM, XLSR_DIM, XLSR_LAYERS, WINDOW = 16, 24, 4, 2
+
+
+def save_whisper(folder: Path, window: int = WINDOW) -> Path:
+    """A Whisper of two encoder layers, which takes ``window`` seconds."""
+    from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
+
+    config = WhisperConfig(
+        d_model=WHISPER_DIM,
+        encoder_layers=2,
+        encoder_attention_heads=2,
+        encoder_ffn_dim=32,
+        decoder_layers=1,
+        decoder_attention_heads=2,
+        decoder_ffn_dim=32,
+        max_source_positions=50 * window,
+        vocab_size=60,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=3,
+        suppress_tokens=None,
+        begin_suppress_tokens=None,
+    )
+    _save(WhisperForConditionalGeneration, config, folder)
+    WhisperFeatureExtractor(chunk_length=window).save_pretrained(folder)
+    return folder
+
+
+def save_xlsr(folder: Path, *, normalize: bool = True, stable: bool = True) -> Path:
+    """A wav2vec 2.0 of four layers with the heads of pretraining, as XLS-R is published."""
+    from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2ForPreTraining
+
+    config = Wav2Vec2Config(
+        hidden_size=XLSR_DIM,
+        num_hidden_layers=XLSR_LAYERS,
+        num_attention_heads=2,
+        intermediate_size=32,
+        conv_dim=(8,) * 7,
+        conv_bias=True,
+        num_conv_pos_embeddings=16,
+        num_conv_pos_embedding_groups=2,
+        do_stable_layer_norm=stable,
+        feat_extract_norm="layer" if stable else "group",
+        codevector_dim=8,
+        proj_codevector_dim=8,
+        vocab_size=32,
+    )
+    _save(Wav2Vec2ForPreTraining, config, folder)
+    extractor = Wav2Vec2FeatureExtractor(do_normalize=normalize, return_attention_mask=True)
+    extractor.save_pretrained(folder)
+    return folder
+
+
+def save_campplus(path: Path) -> Path:
+    """A CAM++ whose weights follow from their names."""
+    network = CampplusNetwork()
+    torch.save({name: made_up(name, tensor) for name, tensor in network.state_dict().items()}, path)
+    return path
+
+
+def made_up(name: str, like: torch.Tensor) -> torch.Tensor:
+    """Uniform values at the scale of a trained layer's, from the name alone."""
+    if not like.is_floating_point():
+        return torch.zeros_like(like)
+    values = np.random.default_rng(zlib.crc32(name.encode())).random(like.numel())
+    fan_in = max(like[0].numel(), 1) if like.dim() > 1 else 4
+    low, high = (0.5, 1.5) if name.endswith("running_var") else (-1, 1) / np.sqrt(fan_in / 3)
+    return torch.from_numpy(low + (high - low) * values).float().reshape(like.shape)
+
+
+def _save(model: type, config: object, folder: Path) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = model(config)
+        for name, tensor in network.named_parameters():
+            if tensor.dim() == 1 and "masked" not in name:  # fresh norms and biases do nothing
+                torch.nn.init.normal_(tensor, 1.0 if "norm" in name and "weight" in name else 0.0, 0.3)
+        network.eval().save_pretrained(folder)
