@@ -13,6 +13,7 @@ __all__ = ["main"]
 
 _COMMANDS = [
     "ls", "latest", "show", "verify", "diff", "prune", "pin", "unpin", "rewind", "gc", "doctor", "copy", "export",
+    "check-deploy",
 ]  # fmt: skip
 
 
@@ -25,7 +26,7 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
         if cmd_name not in _COMMANDS:
             return None
-        command: click.Command = import_module(f"{__name__}.{cmd_name}").command
+        command: click.Command = import_module(f"{__name__}.{cmd_name.replace('-', '_')}").command
         return command
 
 

@@ -7,6 +7,7 @@ import shlex
 
 import click
 
+from seedvc_ckpt.cli.model import described_at
 from seedvc_ckpt.cli.target import Which, checkpoint_at, is_url, pattern_option, step_option
 from seedvc_ckpt.export import export_to
 from seedvc_ckpt.naming import NamePattern
@@ -50,12 +51,12 @@ def command(
         raise click.UsageError(f"{run_or_file} is an export already: say where to write with --out")
     else:
         storage, name = file.storage, "ft_model.pth"
-    expected = None if config is None else _expected(config)
+    described = None if config is None else described_at(config)
     export_to(
         file,
         storage,
         name,
-        expected=expected,
+        expected=described.expected if described else None,
         dtype=dtype,
         weights="ema" if weights == "ema" else "net",
         overwrite=force,
@@ -72,17 +73,6 @@ def command(
     elif written.endswith(".pth"):
         line = f"python app_svc.py --checkpoint {shlex.quote(written)} --config {shlex.quote(beside)}"
         click.echo(f"start the service with\n  {line}")
-
-
-def _expected(config: str) -> dict[str, tuple[int, ...]]:
-    # the one place where the library asks the trainer: what a YAML's model holds
-    from seedvc_train.config import ConfigError
-    from seedvc_train.model import expected_tensors
-
-    try:
-        return expected_tensors(config)
-    except ConfigError as error:
-        raise click.UsageError(str(error)) from None
 
 
 def _copy_config(config: str, storage: Storage) -> str:

@@ -19,7 +19,7 @@ from seedvc_ckpt.format.torchzip import Encoded, encode_tree
 from seedvc_ckpt.format.unpickle import ITEM_SIZES
 from seedvc_ckpt.manifest import Manifest
 
-__all__ = ["Safetensors", "as_safetensors", "as_torch_zip", "floating_dtype"]
+__all__ = ["Safetensors", "as_safetensors", "as_torch_zip", "floating_dtype", "non_finite"]
 
 Weights = Mapping[str, Mapping[str, TensorRef]]
 """The tensors of each module by their names."""
@@ -68,6 +68,26 @@ def as_torch_zip(
         moved.update(zip([id(ref) for _, ref in users], refs, strict=True))
     net = {module: {name: moved[id(ref)] for name, ref in tensors.items()} for module, tensors in weights.items()}
     return encode_tree({"net": net}, records, manifest)
+
+
+def non_finite(
+    archive: Archive, tensors: Mapping[str, TensorRef], progress: Callable[[int], None] = lambda _: None
+) -> dict[str, int]:
+    """How many values of each tensor are NaN or infinite, where any are; every record is checked on the way.
+
+    Raises:
+        CorruptCheckpointError: if one is damaged.
+    """
+    reader, found = TensorReader(archive), {}
+    archive.announce({f"data/{ref.storage.key}" for ref in tensors.values()})
+    for name, ref in tensors.items():
+        content = reader.elements(ref, name)
+        if content.is_floating_point() or content.is_complex():
+            count = _count_non_finite(content)
+            if count:
+                found[name] = count
+        progress(ref.nbytes)
+    return found
 
 
 class Safetensors:
@@ -207,20 +227,22 @@ def _converter(name: str, ref: TensorRef, dtype: torch.dtype | None, *, allow_no
 
 
 def _refuse_non_finite(name: str, values: torch.Tensor, how: str, *, allowed: bool) -> None:
-    if allowed:
-        return
-    # not every type has isfinite; those without are narrower than float32
-    wide = values if values.element_size() > 1 else values.float()
-    # a sum is finite only if all its terms are; finding it takes a fraction of the time
-    real = torch.view_as_real(wide) if wide.is_complex() else wide
-    if math.isfinite(real.sum(dtype=torch.promote_types(real.dtype, torch.float32)).item()):
-        return
-    bad = int((~torch.isfinite(wide)).sum())
+    bad = 0 if allowed else _count_non_finite(values)
     if bad:
         raise ExportError(
             f"{name} has {bad:,} values that are not finite{how}: the model would produce noise or silence. Export an "
             "earlier step, or allow non-finite weights if you want them all the same"
         )
+
+
+def _count_non_finite(values: torch.Tensor) -> int:
+    # not every type has isfinite; those without are narrower than float32
+    wide = values if values.element_size() > 1 else values.float()
+    # a sum is finite only if all its terms are; finding it takes a fraction of the time
+    real = torch.view_as_real(wide) if wide.is_complex() else wide
+    if math.isfinite(real.sum(dtype=torch.promote_types(real.dtype, torch.float32)).item()):
+        return 0
+    return int((~torch.isfinite(wide)).sum())
 
 
 def _dense_reader(reader: TensorReader, name: str, ref: TensorRef, convert: _Convert) -> Callable[[], memoryview]:

@@ -33,6 +33,7 @@ COMMANDS = [
     "doctor",
     "copy",
     "export",
+    "check-deploy",
 ]
 FILE = "DiT_epoch_00002_step_00020.pth"
 CONFIG = "config_dit_mini.yml"
@@ -528,7 +529,7 @@ def test_every_help_has_an_example(command, invoke):
 def test_help_and_version(seedvc_ckpt):
     """The tool names its commands and its version, also as python -m."""
     text = seedvc_ckpt("--help").stdout
-    assert re.findall(r"^  (\w+)  ", text, re.MULTILINE) == COMMANDS
+    assert re.findall(r"^  (\w[\w-]*)  ", text, re.MULTILINE) == COMMANDS
     assert re.fullmatch(r"seedvc-ckpt, version \d.*\n", seedvc_ckpt("--version").stdout)
     again = subprocess.run([sys.executable, "-m", "seedvc_ckpt", "--help"], capture_output=True, text=True, check=True)
     assert again.stdout == text
