@@ -119,6 +119,7 @@ class AsyncSaver:
             CheckpointError: what an earlier save failed with, if nobody was told, or why this one can't begin, as
                 `CheckpointStore.save` has it.
         """
+        began = time.monotonic()
         self._refuse_other_process()
         self._told.raise_rest()
         if self._pending is not None and not self._pending.done:
@@ -129,7 +130,7 @@ class AsyncSaver:
         prepared = self.store.prepare(
             state, step, epoch, metrics=metrics, settings=settings, overwrite=overwrite, in_background=True
         )
-        return self._begin(prepared, verify=verify)
+        return self._begin(prepared, began, verify=verify)
 
     def close(self) -> None:
         """Finish what was begun, and free the memory. A later `save` begins anew; guards have to be set again.
@@ -150,7 +151,7 @@ class AsyncSaver:
         self._guarded.clear()
         self._pending = self._buffer = None
 
-    def _begin(self, prepared: PreparedSave, *, verify: bool) -> PendingSave:
+    def _begin(self, prepared: PreparedSave, began: float, *, verify: bool) -> PendingSave:
         from seedvc_ckpt.format import staging
 
         self._buffer = self._buffer or staging.StagingBuffer()
@@ -163,7 +164,10 @@ class AsyncSaver:
         def copy(of_optimizer: int) -> None:
             staging.make_copies(later[of_optimizer], moments)
 
-        self._pending = PendingSave(staged.name, list(later), copy, lambda: staged.write(verify=verify), self._told)
+        def write() -> CheckpointInfo:
+            return staged.write(verify=verify)
+
+        self._pending = PendingSave(staged.name, list(later), copy, write, self._told, began)
         self._pending.start()
         return self._pending
 
@@ -216,6 +220,7 @@ class PendingSave:
 
     Attributes:
         name: The checkpoint's name.
+        seconds: How long it took from the call of `save` until all was done, pruning included; None before that.
     """
 
     def __init__(
@@ -225,8 +230,11 @@ class PendingSave:
         copy: Callable[[int], object],
         write: Callable[[], CheckpointInfo],
         told: _Told,
+        began: float,
     ) -> None:
         self.name = name
+        self.seconds: float | None = None
+        self._began = began
         self._work = [(copy, write)]
         self._finished = False
         self._copied = {owner: threading.Event() for owner in owners}
@@ -306,7 +314,9 @@ class PendingSave:
                 copy(owner)
                 copied.set()
             del copy  # it holds the live state, which may go now
-            self._info = write()
+            info = write()
+            self.seconds = time.monotonic() - self._began
+            self._info = info
         except BaseException as error:  # noqa: BLE001 - told to the caller
             _log.debug("the save of %s failed", self.name, exc_info=error)
             _forget_frames(error)  # which hold the copies of the state

@@ -128,6 +128,7 @@ class CheckpointStore:
         self._storage = open_storage(location, storage_options=storage_options, fs=fs)
         self._resumed: CheckpointInfo | None = None
         self._intact: set[str] = set()  # names written, or checked byte by byte, by this object
+        self._pruned: list[CheckpointInfo] = []
         self._known: set[str] = set()  # names that were there when the lease was taken, or came with it
         self._lease: Lease | None = None
         self._release: Callable[[], object] = lambda: None
@@ -152,6 +153,11 @@ class CheckpointStore:
     def storage(self) -> Storage:
         """The place that the checkpoints are in, for looking at what else is there."""
         return self._storage
+
+    @property
+    def pruned(self) -> tuple[CheckpointInfo, ...]:
+        """What this object has pruned so far, first things first."""
+        return tuple(self._pruned)
 
     @property
     def run_name(self) -> str:
@@ -834,6 +840,7 @@ class CheckpointStore:
                 elif self._storage.stat(f"{info.name}.pin") is None:  # it may have been pinned since the plan was made
                     lease.check()
                     self._storage.delete(info.name, seen=seen[info])
+                    self._pruned.append(info)
             except (FileNotFoundError, StorageError) as error:
                 _log.warning("not pruned: %s in %s: %s", info.name, self.location, error)
 

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import platform
+import signal
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
 
 from seedvc_ckpt import CheckpointError, CheckpointNotFoundError, CheckpointStore
 from seedvc_ckpt.export import export_to
 from seedvc_ckpt.file import CheckpointFile
+from seedvc_ckpt.manifest import library_version
 from seedvc_ckpt.storage import Storage, read_file
 from seedvc_ckpt.store import Resumed
-from seedvc_train import metrics
+from seedvc_train import events, metrics
+from seedvc_train.events import EventLog
 from seedvc_train.optim import set_learning_rate
 from seedvc_train.settings import Settings
 from seedvc_train.state import StateError, TrainingState, load_pretrained, recorded_settings
 
-__all__ = ["WEIGHTS", "ChangedRunError", "begin", "keep_config", "publish_weights"]
+__all__ = ["WEIGHTS", "ChangedRunError", "begin", "keep_config", "note_end", "note_start", "publish_weights"]
 
 WEIGHTS = "ft_model.pth"
 
@@ -34,7 +41,8 @@ def begin(
     lr: float | None,
     allow_changes: bool,
     say: Callable[[str], None],
-) -> None:
+    log: EventLog,
+) -> str | None:
     """Put `state` where the run goes on: at a checkpoint of the store, at pretrained weights, or at step 0.
 
     Args:
@@ -46,6 +54,10 @@ def begin(
         lr: The learning rate, where one was asked for.
         allow_changes: Go on though settings or data changed.
         say: Called with what happened, a line at a time.
+        log: Where it is noted what was set aside.
+
+    Returns:
+        The name of the checkpoint that the run goes on from; None at step 0.
 
     Raises:
         ChangedRunError: listing what changed.
@@ -57,14 +69,19 @@ def begin(
     elif resume != "auto":
         for info in store.rewind(int(resume)):
             say(f"set {info.name} aside: the run goes back to step {resume}")
+            log.write("set_aside", info.step, name=info.name, reason=f"the run was rewound to step {resume}")
     found = store.resume()
     if found is not None:
+        for info, reason in found.rejected:
+            say(f"set {info.name} aside, it is damaged: {reason}")
+            log.write("set_aside", info.step, name=info.name, reason=reason)
         _go_on(state, store.location, found, settings, lr=lr, allow_changes=allow_changes, say=say)
-        return
+        return found.info.name
     say("starting at step 0")
     if pretrained is not None:
         for line in load_pretrained(state.model, CheckpointFile.at(pretrained).load(), pretrained):
             say(f"  {line}")
+    return None
 
 
 def _go_on(
@@ -77,8 +94,6 @@ def _go_on(
     allow_changes: bool,
     say: Callable[[str], None],
 ) -> None:
-    for info, reason in found.rejected:
-        say(f"set {info.name} aside, it is damaged: {reason}")
     recorded = recorded_settings(found.state)
     changes = recorded.changes(settings) if recorded else []
     if changes and not allow_changes:
@@ -102,6 +117,37 @@ def _go_on(
     if recorded and recorded.moves_batches(settings):
         state.position = 0
         say(f"  epoch {state.epoch} starts over, since its batches are others now")
+
+
+def note_start(log: EventLog, step: int, resumed: str | None, reached: int, options: Mapping[str, Any]) -> None:
+    """Write down that training begins.
+
+    Args:
+        log: Where to.
+        step: Steps done.
+        resumed: The checkpoint that the run goes on from, if any.
+        reached: The last step that was logged before.
+        options: Those of the command line; what may hold a secret is left out.
+    """
+    given = {key: value for key, value in options.items() if value not in (None, False) and "://" not in str(value)}
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "seedvc-ckpt": library_version(),
+    }
+    about = {"options": given, "versions": versions, "machine": platform.node()}
+    if resumed is None:
+        log.write("started", step, **about)
+    else:
+        log.write("resumed", step, name=resumed, reached=reached, **about)
+
+
+def note_end(log: EventLog, step: int, code: int) -> None:
+    """Write down that training is over, at its limit or by a signal; `code` is the exit code."""
+    if code:
+        log.write("interrupted", step, signal=signal.Signals(code - 128).name)
+    else:
+        log.write("ended", step)
 
 
 def keep_config(storage: Storage, config: str) -> None:
@@ -140,12 +186,12 @@ def _is_ours(store: CheckpointStore) -> bool:
 def _set_all_aside(store: CheckpointStore, say: Callable[[str], None]) -> None:
     infos = store.list()
     names: list[str] = [info.name for info in infos]
-    names += [metrics.NAME] if infos else []
+    names += [metrics.NAME, events.NAME] if infos else []
     for name in names:
         try:
             store.set_aside(name, "the run was started anew with --resume never")
         except CheckpointNotFoundError:
-            continue  # a run of Seed-VC's own trainer has no metrics
+            continue  # a run of Seed-VC's own trainer has no logs
     if infos:
         say(f"set {len(infos)} checkpoints of an earlier run aside, in {store.location}/aside")
 

@@ -10,9 +10,10 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from seedvc_ckpt import AsyncSaver, CheckpointStore
+from seedvc_ckpt import AsyncSaver, CheckpointInfo, CheckpointStore
 from seedvc_ckpt.manifest import Setting
 from seedvc_ckpt.saver import PendingSave
+from seedvc_train.events import EventLog
 
 __all__ = ["Saving"]
 
@@ -23,17 +24,22 @@ class Saving:
     Args:
         store: Where to.
         optimizers: Those whose `step` changes the state.
+        events: Told of each save once it is durable, and of what was pruned after it.
         in_background: Write while training goes on.
     """
 
-    def __init__(self, store: CheckpointStore, optimizers: Iterable[Optimizer], *, in_background: bool) -> None:
+    def __init__(
+        self, store: CheckpointStore, optimizers: Iterable[Optimizer], events: EventLog, *, in_background: bool
+    ) -> None:
         self._durable: int | None = None
         self._store = store
         self._saver = AsyncSaver(store) if in_background else None
         self._optimizers = optimizers
+        self._events = events
         self._stack = ExitStack()
         self._seconds = 0.0
-        self._pending: tuple[int, PendingSave] | None = None
+        self._pending: tuple[PendingSave, float] | None = None  # and what had been waited before it
+        self._pruned = len(store.pruned)
 
     def __enter__(self) -> Saving:
         if self._saver is not None:
@@ -46,6 +52,7 @@ class Saving:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stack.__exit__(kind, error, trace)
+        self._look()
 
     def save(
         self, state: Any, step: int, epoch: int, metrics: Mapping[str, float], settings: Mapping[str, Setting]
@@ -55,15 +62,16 @@ class Saving:
         Raises:
             CheckpointError: if it, or the one before it, can't be saved.
         """
-        began = time.monotonic()
+        began, waited = time.monotonic(), self.seconds
         if self._saver is None:
-            self._store.save(state, step, epoch, metrics=metrics, settings=settings)
-            self._durable = step
+            info = self._store.save(state, step, epoch, metrics=metrics, settings=settings)
+            self._seconds += time.monotonic() - began
+            self._note(info, self.seconds - waited, self.seconds - waited)
         else:
             pending = self._saver.save(state, step, epoch, metrics=metrics, settings=settings)
             self._look()  # at the one before, which it waited for
-            self._pending = (step, pending) if pending else None
-        self._seconds += time.monotonic() - began
+            self._pending = (pending, waited) if pending else None
+            self._seconds += time.monotonic() - began
 
     @property
     def durable(self) -> int | None:
@@ -72,8 +80,28 @@ class Saving:
         return self._durable
 
     def _look(self) -> None:
-        if self._pending is not None and self._pending[1].info is not None:
-            self._durable, self._pending = self._pending[0], None
+        if self._pending is None:
+            return
+        pending, waited = self._pending
+        if pending.info is not None:
+            self._pending = None
+            self._note(pending.info, self.seconds - waited, pending.seconds or 0.0)
+
+    def _note(self, info: CheckpointInfo, stalled: float, durable: float) -> None:
+        self._durable = info.step
+        self._events.write(
+            "saved",
+            info.step,
+            epoch=info.epoch,
+            name=info.name,
+            bytes=info.size,
+            seconds_stalled=round(stalled, 6),
+            seconds_until_durable=round(durable, 6),
+        )
+        pruned = self._store.pruned
+        for gone in pruned[self._pruned :]:
+            self._events.write("pruned", gone.step, name=gone.name)
+        self._pruned = len(pruned)
 
     @property
     def seconds(self) -> float:

@@ -91,6 +91,7 @@ def _train(options: dict[str, Any]) -> int:
     from seedvc_train.audio import MelSpectrogram
     from seedvc_train.data import TrainingData
     from seedvc_train.dataset import scan
+    from seedvc_train.events import EventLog
     from seedvc_train.features.builtin import BuiltinFrontEnd
     from seedvc_train.loop import Limits, train
     from seedvc_train.metrics import MetricsLog
@@ -118,9 +119,9 @@ def _train(options: dict[str, Any]) -> int:
     rules = [keep_last(options["keep_last"])]
     if options["keep_every"]:
         rules.append(keep_every(options["keep_every"]))
-    with CheckpointStore(folder, retention=rules) as store:
+    with CheckpointStore(folder, retention=rules) as store, EventLog(store) as events:
         store.acquire()  # a second trainer must not find out after its first hour
-        run.begin(
+        resumed = run.begin(
             state,
             store,
             settings,
@@ -129,12 +130,15 @@ def _train(options: dict[str, Any]) -> int:
             lr=options["lr"],
             allow_changes=options["allow_changes"],
             say=_say,
+            log=events,
         )
         run.keep_config(store.storage, options["config"])
         limits = Limits(options["max_steps"], options["max_epochs"], options["save_every"], config.log_interval)
-        saving = Saving(store, state.optimizers.values(), in_background=not options["sync_save"])
+        saving = Saving(store, state.optimizers.values(), events, in_background=not options["sync_save"])
         log = MetricsLog(store, state.step)
+        run.note_start(events, state.step, resumed, log.reached, options)
         code = train(state, data.batches, saving, settings, limits, log)
+        run.note_end(events, state.step, code)
         if code:
             _say(f"stopped at step {state.step}, saved; start the same command again to go on")
         else:

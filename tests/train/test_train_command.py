@@ -49,13 +49,14 @@ def command(*words: object) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_folder_looks_as_seedvc_leaves_it(recordings: Path, tmp_path: Path) -> None:
-    """A finished run holds its newest checkpoints, ft_model.pth, the YAML under its own name and metrics.jsonl."""
+    """A finished run holds its newest checkpoints, ft_model.pth, the YAML under its own name and its logs."""
     runs.train(recordings, tmp_path, max_steps=10, save_every=4)
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
         ".seedvc_ckpt.lock",
         "DiT_epoch_00003_step_00008.pth",
         "DiT_epoch_00004_step_00010.pth",
         "config_dit_mini.yml",
+        "events.jsonl",
         "ft_model.pth",
         "metrics.jsonl",
     ]
