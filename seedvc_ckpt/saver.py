@@ -7,7 +7,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, SupportsFloat, SupportsIndex
@@ -41,7 +41,7 @@ class AsyncSaver:
     neither comes any more, it is logged. The copies take as much memory as the state, once for all saves.
 
     Use it from one thread, between optimizer steps. Change guarded tensors by nothing but `step`, or call `wait_staged`
-    first.
+    first. Tensors that are changed after a `step` only, such as averaged weights, can be guarded with its optimizer.
 
     Args:
         store: Where to save. It is not closed.
@@ -56,7 +56,7 @@ class AsyncSaver:
         self.when_busy = _checked(when_busy)
         self.seconds_waited = 0.0
         self._buffer: StagingBuffer | None = None
-        self._guarded: dict[int, tuple[torch.optim.Optimizer, Any]] = {}
+        self._guarded: dict[int, tuple[torch.optim.Optimizer, tuple[torch.Tensor, ...], Any]] = {}
         self._process = os.getpid()
         self._told = _Told()
         self._pending: PendingSave | None = None
@@ -74,8 +74,13 @@ class AsyncSaver:
         self._end()
         self._told.log_rest()  # what ended the block is the news
 
-    def guard(self, optimizer: torch.optim.Optimizer) -> None:
+    def guard(self, optimizer: torch.optim.Optimizer, tensors: Iterable[torch.Tensor] = ()) -> None:
         """Let the optimizer's `step` wait while what it changes is still being copied, so that `save` need not.
+
+        Args:
+            optimizer: Before the first save.
+            tensors: More that is copied before `step` begins, such as averages of the weights that are brought up to
+                date after each step. Between a save and the next step nothing may change them.
 
         Raises:
             TypeError: for what is no torch optimizer.
@@ -86,7 +91,7 @@ class AsyncSaver:
             raise TypeError(f"guard() takes a torch.optim.Optimizer, got {type(optimizer).__name__}")
         if id(optimizer) not in self._guarded:
             hook = optimizer.register_step_pre_hook(lambda *_: self._await_copies_of(optimizer))
-            self._guarded[id(optimizer)] = optimizer, hook
+            self._guarded[id(optimizer)] = optimizer, tuple(tensors), hook
 
     def save(
         self,
@@ -146,7 +151,7 @@ class AsyncSaver:
             return
         if self._pending is not None:
             self._pending.wait()
-        for _, hook in self._guarded.values():
+        for *_, hook in self._guarded.values():
             hook.remove()
         self._guarded.clear()
         self._pending = self._buffer = None
@@ -175,7 +180,7 @@ class AsyncSaver:
         """The copies that can wait for each optimizer's next step, and those that can't."""
         from seedvc_ckpt.format.staging import spans_changed_by
 
-        spans = spans_changed_by({key: optimizer for key, (optimizer, _) in self._guarded.items()})
+        spans = spans_changed_by({key: (optimizer, tensors) for key, (optimizer, tensors, _) in self._guarded.items()})
         later: dict[int, list[Copy]] = {key: [] for key in self._guarded}
         at_once: list[Copy] = []
         for copy in copies:

@@ -14,7 +14,7 @@ __all__ = ["TrainingData"]
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Everything that decides the batches of a run, and how many processes prepare them."""
+    """Everything that decides the batches of a run, how many processes prepare them, and in which memory."""
 
     corpus: Corpus
     mel: MelSpectrogram
@@ -22,8 +22,10 @@ class TrainingData:
     batch_size: int
     seed: int
     num_workers: int
+    pin_memory: bool = False
 
     def batches(self, epoch: int, position: int) -> Iterable[Batch]:
         """The batches of an epoch from a position on."""
         order = EpochBatches(len(self.corpus.clips), self.batch_size, self.seed, epoch, position)
-        return loader(ClipDataset(self.corpus, self.mel, self.front_end, self.seed, epoch), order, self.num_workers)
+        clips = ClipDataset(self.corpus, self.mel, self.front_end, self.seed, epoch)
+        return loader(clips, order, self.num_workers, pin_memory=self.pin_memory)

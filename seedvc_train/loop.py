@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import cast
 
 import torch
@@ -16,7 +17,6 @@ from seedvc_train.interruption import Interruption
 from seedvc_train.metrics import MetricsLog
 from seedvc_train.model import FlowMatching, draw_prompt_lens
 from seedvc_train.model.dit import length_mask
-from seedvc_train.optim import clip_gradients
 from seedvc_train.progress import Progress
 from seedvc_train.saving import Saving
 from seedvc_train.settings import Settings
@@ -31,12 +31,16 @@ class TrainingError(RuntimeError):
 
 @dataclass(frozen=True)
 class Limits:
-    """When to stop, to save and to log, in steps (epochs for `max_epochs`)."""
+    """When to stop, to save and to log, in steps (epochs for `max_epochs`), and how many batches are a step.
+
+    The last step of an epoch takes what batches are left.
+    """
 
     max_steps: int
     max_epochs: int
     save_every: int
     log_every: int
+    accumulate: int = 1
 
 
 def train(
@@ -58,7 +62,8 @@ def train(
         log: Where losses are written down.
 
     Raises:
-        TrainingError: if the loss is not finite any more; nothing is saved then.
+        TrainingError: if the loss or its gradients are not finite any more; nothing is saved then. (In fp16 a step
+            whose gradients overflow only lowers the loss scale; it counts as a step all the same.)
         CheckpointError: if a checkpoint can't be saved.
     """
     device = next(state.model.parameters()).device
@@ -78,18 +83,21 @@ def train(
         Progress(state.step, limits.max_steps) as progress,
     ):
         while state.step < limits.max_steps and state.epoch < limits.max_epochs and not interruption.signal:
-            for batch in batches(state.epoch, state.position):
-                loss = training_loss(state.model, batch.to(device))
-                if not math.isfinite(loss.item()):
-                    raise TrainingError(_not_finite(loss.item(), state.step, saved))
+            for group in groups(batches(state.epoch, state.position), limits.accumulate):
+                losses = []
                 state.model.zero_grad(set_to_none=True)
-                loss.backward()  # type: ignore[no-untyped-call]
-                clip_gradients(state.model)
-                for name, optimizer in state.optimizers.items():
-                    optimizer.step()
-                    state.schedulers[name].step()
-                state.advance(loss.item())
-                progress.step(loss.item(), saving.durable)
+                for batch in group:
+                    with state.precision.autocast():
+                        part = training_loss(state.model, batch.to(device))
+                    state.precision.scaler.scale(part / len(group)).backward()  # type: ignore[no-untyped-call]
+                    losses.append(part.detach())
+                loss = torch.stack(losses).mean().item()
+                if not math.isfinite(loss):
+                    raise TrainingError(_lost(f"the loss is {loss}", state.step, saved))
+                if not state.apply_gradients() and state.precision.exhausted:
+                    raise TrainingError(_lost("the gradients are not finite", state.step, saved))
+                state.advance(loss, len(group))
+                progress.step(loss, saving.durable)
                 if state.step % limits.log_every == 0:
                     waited, stalled = saving.seconds - stalled, saving.seconds
                     seconds = (time.monotonic() - since - waited) / (state.step - logged)
@@ -97,13 +105,13 @@ def train(
                     log.write(
                         step=state.step,
                         epoch=state.epoch,
-                        loss=loss.item(),
+                        loss=loss,
                         running_loss=state.running_loss,
                         lr=lr,
                         seconds_per_step=round(seconds, 6),
                         seconds_stalled=round(waited, 6),
                     )
-                    progress.logged(state.step, loss.item())
+                    progress.logged(state.step, loss)
                     since, logged = time.monotonic(), state.step
                 if state.step % limits.save_every == 0:
                     save()  # when the log has this step: a run that goes on from here lacks no line
@@ -114,6 +122,13 @@ def train(
         if state.step > saved:
             save()
     return interruption.exit_code
+
+
+def groups(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
+    """The batches of each step; fewer in the last where they don't divide."""
+    iterator = iter(batches)
+    while group := list(islice(iterator, size)):
+        yield group
 
 
 def training_loss(model: nn.ModuleDict, batch: Batch) -> torch.Tensor:
@@ -127,8 +142,8 @@ def training_loss(model: nn.ModuleDict, batch: Batch) -> torch.Tensor:
     return cfm.loss(batch.mel, batch.mel_lens, prompt_lens, cond, batch.style)
 
 
-def _not_finite(loss: float, step: int, saved: int) -> str:
+def _lost(what: str, step: int, saved: int) -> str:
     return (
-        f"the loss of step {step + 1} is {loss}; the weights are as step {step} left them and nothing was saved since "
+        f"{what} in step {step + 1}; the weights are as step {step} left them and nothing was saved since "
         f"step {saved}. Lower --lr, or look for broken clips in the data"
     )

@@ -6,7 +6,7 @@ import os
 import platform
 import signal
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -20,7 +20,8 @@ from seedvc_train import events, metrics
 from seedvc_train.events import EventLog
 from seedvc_train.optim import set_learning_rate
 from seedvc_train.settings import Settings
-from seedvc_train.state import StateError, TrainingState, load_pretrained, recorded_settings
+from seedvc_train.state import TrainingState, recorded_settings
+from seedvc_train.weights import StateError, load_pretrained
 
 __all__ = ["WEIGHTS", "ChangedRunError", "begin", "keep_config", "note_end", "note_start", "publish_weights"]
 
@@ -81,6 +82,8 @@ def begin(
     if pretrained is not None:
         for line in load_pretrained(state.model, CheckpointFile.at(pretrained).load(), pretrained):
             say(f"  {line}")
+        if state.ema is not None:
+            state.ema.restart()
     return None
 
 
@@ -162,8 +165,8 @@ def keep_config(storage: Storage, config: str) -> None:
     storage.publish(name, len(content), [memoryview(content)])
 
 
-def publish_weights(store: CheckpointStore, say: Callable[[str], None]) -> str:
-    """Export the newest checkpoint's weights as the run's ``ft_model.pth`` and return its path.
+def publish_weights(store: CheckpointStore, say: Callable[[str], None], weights: Literal["net", "ema"] = "net") -> str:
+    """Export the newest checkpoint's weights, or their averages, as the run's ``ft_model.pth`` and return its path.
 
     An older one of this run is replaced; any other is set aside first.
     """
@@ -171,7 +174,7 @@ def publish_weights(store: CheckpointStore, say: Callable[[str], None]) -> str:
     if (os.path.lexists(target) or store.storage.stat(WEIGHTS) is not None) and not _is_ours(store):
         moved = store.set_aside(WEIGHTS, "it was not exported from a checkpoint of this run")
         say(f"kept the {WEIGHTS} that was here as {moved}")
-    export_to(store.file(), store.storage, WEIGHTS, overwrite=True)
+    export_to(store.file(), store.storage, WEIGHTS, weights=weights, overwrite=True)
     return target
 
 

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from seedvc_ckpt import AsyncSaver, CheckpointInfo, CheckpointStore
@@ -23,13 +24,18 @@ class Saving:
 
     Args:
         store: Where to.
-        optimizers: Those whose `step` changes the state.
+        optimizers: Those whose `step` changes the state, each with the tensors that change after it only.
         events: Told of each save once it is durable, and of what was pruned after it.
         in_background: Write while training goes on.
     """
 
     def __init__(
-        self, store: CheckpointStore, optimizers: Iterable[Optimizer], events: EventLog, *, in_background: bool
+        self,
+        store: CheckpointStore,
+        optimizers: Mapping[Optimizer, Iterable[Tensor]],
+        events: EventLog,
+        *,
+        in_background: bool,
     ) -> None:
         self._durable: int | None = None
         self._store = store
@@ -44,8 +50,8 @@ class Saving:
     def __enter__(self) -> Saving:
         if self._saver is not None:
             self._stack.enter_context(self._saver)
-            for optimizer in self._optimizers:
-                self._saver.guard(optimizer)
+            for optimizer, tensors in self._optimizers.items():
+                self._saver.guard(optimizer, tensors)
         return self
 
     def __exit__(

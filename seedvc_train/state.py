@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
-from torch.optim import AdamW
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import ExponentialLR
 
 from seedvc_train import randomness
-from seedvc_train.optim import make_optimizers, make_schedulers
+from seedvc_train.ema import Ema
+from seedvc_train.optim import clip_gradients, make_optimizers, make_schedulers
+from seedvc_train.precision import Precision
 from seedvc_train.settings import Settings
+from seedvc_train.weights import StateError, load_weights, weights_of
 
-__all__ = ["StateError", "TrainingState", "load_pretrained", "load_weights", "recorded_settings"]
+__all__ = ["StateError", "TrainingState", "recorded_settings"]
 
 _OURS = "seedvc_train"
-_SHOWN = 10
-
-
-class StateError(ValueError):
-    """A checkpoint that does not fit the model or the optimisers of this run."""
 
 
 @dataclass
@@ -32,6 +31,8 @@ class TrainingState:
         model: ``cfm`` and ``length_regulator``.
         optimizers: One a module.
         schedulers: One an optimiser.
+        precision: How the forward pass computes.
+        ema: The averaged weights, where they are wanted.
         step: Steps done.
         epoch: The epoch that is running, from 0.
         position: Batches of this epoch that are consumed.
@@ -41,21 +42,52 @@ class TrainingState:
     model: nn.ModuleDict
     optimizers: dict[str, AdamW]
     schedulers: dict[str, ExponentialLR]
+    precision: Precision
+    ema: Ema | None = None
     step: int = 0
     epoch: int = 0
     position: int = 0
     running_loss: float | None = None
 
     @classmethod
-    def fresh(cls, model: nn.ModuleDict, lr: float) -> TrainingState:
-        """A run at step 0."""
+    def fresh(
+        cls, model: nn.ModuleDict, lr: float, *, precision: str = "fp32", ema_decay: float | None = None
+    ) -> TrainingState:
+        """A run at step 0, of a model on the device where it is trained."""
         optimizers = make_optimizers(model, lr)
-        return cls(model, optimizers, make_schedulers(optimizers))
+        computing = Precision(precision, next(model.parameters()).device)
+        ema = None if ema_decay is None else Ema(model, ema_decay)
+        return cls(model, optimizers, make_schedulers(optimizers), computing, ema)
 
-    def advance(self, loss: float) -> None:
+    @property
+    def changed_by(self) -> Mapping[Optimizer, list[Tensor]]:
+        """Each optimiser, and what else changes with its step alone: the averages of its module."""
+        averages = {} if self.ema is None else self.ema.averages
+        return {optimizer: list(averages.get(name, {}).values()) for name, optimizer in self.optimizers.items()}
+
+    def apply_gradients(self) -> bool:
+        """Clip the gradients and let the optimisers step.
+
+        Returns:
+            False if the gradients are not finite: then only the loss scale of fp16 has changed.
+        """
+        scaler = self.precision.scaler
+        for optimizer in self.optimizers.values():
+            scaler.unscale_(optimizer)
+        finite = clip_gradients(self.model)
+        if finite:
+            for name, optimizer in self.optimizers.items():
+                optimizer.step()
+                self.schedulers[name].step()
+            if self.ema is not None:
+                self.ema.update()
+        scaler.update()
+        return finite
+
+    def advance(self, loss: float, batches: int) -> None:
         """Count a finished step."""
         self.step += 1
-        self.position += 1
+        self.position += batches
         self.running_loss = loss if self.running_loss is None else 0.99 * self.running_loss + 0.01 * loss
 
     def next_epoch(self) -> None:
@@ -68,15 +100,19 @@ class TrainingState:
 
         The tensors are live. No time of day is in it, so that equal runs give equal states.
         """
+        averaged = {} if self.ema is None else {"ema": self.ema.to_checkpoint()}
         return {
             "net": {name: module.state_dict() for name, module in self.model.items()},
             "optimizer": [(name, optimizer.state_dict()) for name, optimizer in self.optimizers.items()],
             "scheduler": [(name, scheduler.state_dict()) for name, scheduler in self.schedulers.items()],
             "iters": self.step,
             "epoch": self.epoch,
+            **averaged,
             _OURS: {
                 "position": self.position,
                 "running_loss": self.running_loss,
+                "loss_scale": self.precision.scaler.state_dict(),
+                "averaged_updates": 0 if self.ema is None else self.ema.updates,
                 "settings": settings.to_plain(),
                 "random": randomness.capture(),
                 "environment": self._environment(),
@@ -94,12 +130,13 @@ class TrainingState:
             StateError: if it does not fit this model.
         """
         load_weights(self.model, checkpoint)
+        ours = checkpoint.get(_OURS)
         missing = self._restore_optimizers(checkpoint)
+        missing += self._restore_averages(checkpoint, ours)
         step, epoch = checkpoint.get("iters"), checkpoint.get("epoch")
         if type(step) is not int or type(epoch) is not int:
             raise StateError("it records no step and epoch ('iters', 'epoch'): it is no training checkpoint")
         self.step, self.epoch, self.position = step, epoch, 0
-        ours = checkpoint.get(_OURS)
         if ours is None:
             missing += [
                 f"not recorded: the position inside epoch {epoch}, which starts over",
@@ -108,6 +145,8 @@ class TrainingState:
             ]
             return missing
         self.position, self.running_loss = ours["position"], ours["running_loss"]
+        if ours.get("loss_scale") and self.precision.scaler.is_enabled():
+            self.precision.scaler.load_state_dict(ours["loss_scale"])
         randomness.restore(ours["random"])
         now = self._environment().items()
         changed = [f"{what}: {ours['environment'][what]} then, {value} now" for what, value in now
@@ -136,73 +175,14 @@ class TrainingState:
                     raise StateError(f"its {key} state of {name} does not fit: {error}") from error
         return missing
 
-
-def load_weights(model: nn.ModuleDict, checkpoint: dict[str, Any]) -> None:
-    """Copy the weights of ``net`` into the model; every name and shape has to fit.
-
-    Raises:
-        StateError: listing what does not fit; the model is unchanged then.
-    """
-    given, wanted = _net(checkpoint), model.state_dict()
-    problems = [f"{name}: missing" for name in wanted if name not in given]
-    problems += [f"{name}: not in the model" for name in given if name not in wanted]
-    problems += _misfits(given, wanted)
-    if problems:
-        rest = f"\n  and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-        listed = "\n  ".join(problems[:_SHOWN])
-        raise StateError(f"its weights don't fit the model that the config describes:\n  {listed}{rest}")
-    model.load_state_dict(given)
-
-
-def load_pretrained(model: nn.ModuleDict, checkpoint: Any, name: str) -> list[str]:
-    """Copy those weights of ``net`` that fit the model.
-
-    Returns:
-        In words, how many were loaded and what was not.
-
-    Raises:
-        StateError: if nothing fits.
-    """
-    given, wanted = _net(checkpoint), model.state_dict()
-    fitting = {key: tensor for key, tensor in given.items() if key in wanted and tensor.shape == wanted[key].shape}
-    if not fitting:
-        raise StateError(
-            f"{name} holds no weights that fit the model which the config describes ({len(given)} tensors there, "
-            f"{len(wanted)} in the model): it belongs to another config"
-        )
-    model.load_state_dict(fitting, strict=False)
-    report = [f"{len(fitting)} of the model's {len(wanted)} tensors loaded from {name}"]
-    missing = [key for key in wanted if key not in given]
-    unexpected = [key for key in given if key not in wanted]
-    for what, names in (
-        ("missing there, left at their initial values", missing),
-        ("not in the model, ignored", unexpected),
-        ("of another shape, left at their initial values", _misfits(given, wanted)),
-    ):
-        if names:
-            rest = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-            report.append(f"{len(names)} {what}: {', '.join(names[:_SHOWN])}{rest}")
-    return report
-
-
-def _net(checkpoint: Any) -> dict[str, Any]:
-    """The tensors of ``net`` under the names of the whole model, without the prefix of distributed training."""
-    net = checkpoint.get("net") if isinstance(checkpoint, dict) else None
-    if not isinstance(net, dict) or not all(isinstance(tensors, dict) for tensors in net.values()):
-        raise StateError("it holds no weights ('net'): it is no checkpoint of Seed-VC's layout")
-    return {
-        f"{module}.{key.removeprefix('module.')}": tensor
-        for module, tensors in net.items()
-        for key, tensor in tensors.items()
-    }
-
-
-def _misfits(given: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    return [
-        f"{name}: {tuple(given[name].shape)} in the checkpoint, {tuple(tensor.shape)} in the model"
-        for name, tensor in wanted.items()
-        if name in given and given[name].shape != tensor.shape
-    ]
+    def _restore_averages(self, checkpoint: dict[str, Any], ours: dict[str, Any] | None) -> list[str]:
+        if self.ema is None:
+            return []
+        if "ema" not in checkpoint:
+            self.ema.restart()
+            return ["not recorded: averaged weights, which begin with the weights as they are now"]
+        self.ema.restore(weights_of(checkpoint, "ema"), ours.get("averaged_updates", 0) if ours else 0)
+        return []
 
 
 def recorded_settings(checkpoint: dict[str, Any]) -> Settings | None:

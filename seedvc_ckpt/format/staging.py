@@ -116,12 +116,15 @@ def moments_on_devices(copies: Iterable[Copy]) -> dict[torch.device, Any]:
     return {device: torch.cuda.current_stream(device).record_event() for device in devices if device is not None}
 
 
-def spans_changed_by(optimizers: Mapping[int, torch.optim.Optimizer]) -> dict[int, tuple[int, int]]:
-    """The memory that just one of the optimizers changes in its `step`: begin -> (end, that optimizer's key).
+def spans_changed_by(
+    guarded: Mapping[int, tuple[torch.optim.Optimizer, Sequence[torch.Tensor]]],
+) -> dict[int, tuple[int, int]]:
+    """The memory that only one optimizer's `step`, or what comes after it, changes: begin -> (end, its key).
 
-    It is that of parameters and state tensors that lie in one piece. What two optimizers change is left out.
+    It is that of parameters, state tensors and the further ones given with an optimizer, as far as they lie in one
+    piece. What belongs to two optimizers is left out.
     """
-    spans = sorted((*span, key) for key, optimizer in optimizers.items() for span in _dense_spans(optimizer))
+    spans = sorted((*span, key) for key, (optimizer, more) in guarded.items() for span in _dense_spans(optimizer, more))
     found: dict[int, tuple[int, int]] = {}
     overlapping: list[tuple[int, int, int]] = []
     for span in [*spans, (sys.maxsize, sys.maxsize, 0)]:
@@ -133,9 +136,9 @@ def spans_changed_by(optimizers: Mapping[int, torch.optim.Optimizer]) -> dict[in
     return found
 
 
-def _dense_spans(optimizer: torch.optim.Optimizer) -> Iterator[tuple[int, int]]:
+def _dense_spans(optimizer: torch.optim.Optimizer, more: Sequence[torch.Tensor]) -> Iterator[tuple[int, int]]:
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    pending: list[Any] = [*parameters, *optimizer.state.values()]
+    pending: list[Any] = [*parameters, *optimizer.state.values(), *more]
     while pending:
         value = pending.pop()
         if isinstance(value, torch.Tensor):

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import os
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from seedvc_train.config import load_config
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = ["command"]
 
@@ -48,7 +45,14 @@ def _run_name(_ctx: click.Context, _parameter: click.Parameter, value: str) -> s
 @click.option("--save-every", type=click.IntRange(min=1), default=500, show_default=True, help="Steps between saves.")
 @click.option("--num-workers", type=click.IntRange(min=0), default=0, show_default=True, help="Loader processes.")
 @click.option("--gpu", type=click.IntRange(min=0), help="Number of the GPU, as --device cuda:N.")
-@click.option("--device", help="cpu, cuda, cuda:N or mps.  [default: a GPU where there is one]")
+@click.option("--device", help="auto, cpu, cuda, cuda:N or mps.  [default: auto, a GPU where there is one]")
+@click.option("--precision", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32", show_default=True,
+              help="Of the forward pass; weights, loss and averages stay fp32.")  # fmt: skip
+@click.option("--tf32", is_flag=True, help="On CUDA, multiply fp32 faster and with 10 bits of mantissa.")
+@click.option("--accumulate", type=click.IntRange(min=1), default=1, show_default=True, metavar="N",
+              help="Batches a step, gradients averaged: N times the batch size in the memory of one.")  # fmt: skip
+@click.option("--ema", type=click.FloatRange(0, 1, min_open=True, max_open=True), metavar="DECAY",
+              help="Average the weights too, by DECAY a step (such as 0.999), for ft_model.pth.")  # fmt: skip
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of everything random.")
 @click.option("--lr", type=click.FloatRange(min=0, min_open=True), help="Learning rate.  [default: 1e-5]")
 @click.option(
@@ -91,6 +95,7 @@ def _train(options: dict[str, Any]) -> int:
     from seedvc_train.audio import MelSpectrogram
     from seedvc_train.data import TrainingData
     from seedvc_train.dataset import scan
+    from seedvc_train.device import DeviceError, find_device, prepare_device, wants_pinned_memory
     from seedvc_train.events import EventLog
     from seedvc_train.features.builtin import BuiltinFrontEnd
     from seedvc_train.loop import Limits, train
@@ -103,7 +108,11 @@ def _train(options: dict[str, Any]) -> int:
     from seedvc_train.state import TrainingState
 
     sound, seed = config.preprocess_params, options["seed"]
-    device = _device(options["device"], options["gpu"])
+    try:
+        device = find_device(options["device"], options["gpu"])
+        prepare_device(device, tf32=options["tf32"])
+    except DeviceError as error:
+        raise click.UsageError(str(error)) from None
     corpus = scan(options["dataset_dir"], sound.sr)
     _say(f"{len(corpus.clips)} clips, {corpus.seconds / 60:.1f} minutes")
     for skipped in corpus.skipped:
@@ -111,11 +120,16 @@ def _train(options: dict[str, Any]) -> int:
     mel = MelSpectrogram(sound.sr, **sound.spect_params.model_dump())
     front_end = BuiltinFrontEnd(config.model_params.length_regulator.in_channels, config.model_params.style_encoder.dim)
     batch_size = options["batch_size"] or config.batch_size
-    settings = Settings.of(config, corpus, batch_size=batch_size, seed=seed, features="builtin")
-    data = TrainingData(corpus, mel, front_end, batch_size, seed, options["num_workers"])
+    chosen = {name: options[name] for name in ("seed", "precision", "tf32", "accumulate", "ema")}
+    settings = Settings.of(config, corpus, batch_size=batch_size, features="builtin", **chosen)
+    pinned = wants_pinned_memory(device)
+    data = TrainingData(corpus, mel, front_end, batch_size, seed, options["num_workers"], pinned)
 
     seed_all(seed)
-    state = TrainingState.fresh(build_model(config.model_params).to(device), options["lr"] or LEARNING_RATE)
+    model = build_model(config.model_params).to(device)
+    state = TrainingState.fresh(
+        model, options["lr"] or LEARNING_RATE, precision=options["precision"], ema_decay=options["ema"]
+    )
     rules = [keep_last(options["keep_last"])]
     if options["keep_every"]:
         rules.append(keep_every(options["keep_every"]))
@@ -133,16 +147,25 @@ def _train(options: dict[str, Any]) -> int:
             log=events,
         )
         run.keep_config(store.storage, options["config"])
-        limits = Limits(options["max_steps"], options["max_epochs"], options["save_every"], config.log_interval)
-        saving = Saving(store, state.optimizers.values(), events, in_background=not options["sync_save"])
+        limits = Limits(
+            options["max_steps"],
+            options["max_epochs"],
+            options["save_every"],
+            config.log_interval,
+            options["accumulate"],
+        )
+        saving = Saving(store, state.changed_by, events, in_background=not options["sync_save"])
         log = MetricsLog(store, state.step)
         run.note_start(events, state.step, resumed, log.reached, options)
         code = train(state, data.batches, saving, settings, limits, log)
         run.note_end(events, state.step, code)
         if code:
             _say(f"stopped at step {state.step}, saved; start the same command again to go on")
-        else:
+        elif state.ema is None:
             _say(f"done at step {state.step}: {run.publish_weights(store, _say)}")
+        else:
+            target = run.publish_weights(store, _say, "ema")
+            _say(f"done at step {state.step}: {target}, which holds the averaged weights")
     return code
 
 
@@ -155,27 +178,3 @@ def _below(log_dir: str, name: str) -> str:
 def _say(line: str) -> None:
     """Print a line; a file name that is no text is shown escaped."""
     click.echo(line.encode(errors="backslashreplace").decode())
-
-
-def _device(device: str | None, gpu: int | None) -> torch.device:
-    """The device that was asked for, or the best there is. The CUDA and MPS branches were not run by the tests."""
-    import torch
-
-    if device in (None, "auto"):
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        device = f"cuda:{gpu}" if device == "cuda" and gpu is not None else device
-    try:
-        found = torch.device(device)
-    except RuntimeError:
-        raise click.UsageError(f"--device {device}: there is no such device; use cpu, cuda, cuda:N or mps") from None
-    available = {
-        "cpu": True,
-        "cuda": torch.cuda.is_available() and (found.index or 0) < torch.cuda.device_count(),
-        "mps": torch.backends.mps.is_available(),
-    }
-    if not available.get(found.type):
-        raise click.UsageError(f"--device {device}: this machine or this build of torch has none; use --device cpu")
-    if found.type == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
-        torch.use_deterministic_algorithms(mode=True, warn_only=True)
-    return found

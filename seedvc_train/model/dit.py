@@ -40,8 +40,9 @@ class _TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(2 * _FREQUENCIES, dim), nn.SiLU(), nn.Linear(dim, dim))
 
     def forward(self, t: Tensor) -> Tensor:
-        angle = 1000 * t[:, None] * self.freqs
-        embedding: Tensor = self.mlp(torch.cat([angle.cos(), angle.sin()], dim=-1))
+        with torch.autocast(t.device.type, enabled=False):  # neighbouring times are one and the same in 16 bits
+            angle = 1000 * t[:, None] * self.freqs
+            embedding: Tensor = self.mlp(torch.cat([angle.cos(), angle.sin()], dim=-1))
         return embedding
 
 

@@ -76,7 +76,7 @@ class FlowMatching(nn.Module):
         in_prompt = length_mask(prompt_lens, x1.shape[-1])[:, None]
         y = ((1 - (1 - _SIGMA) * t) * z + t * x1).masked_fill(in_prompt, 0)
         u = x1 - (1 - _SIGMA) * z
-        estimate = self.estimator(y, x1.masked_fill(~in_prompt, 0), x_lens, t.flatten(), style, cond)
+        estimate = self.estimator(y, x1.masked_fill(~in_prompt, 0), x_lens, t.flatten(), style, cond).float()
 
         counted = length_mask(x_lens, x1.shape[-1])[:, None] & ~in_prompt
         distance = self.criterion(estimate, u, reduction="none").masked_fill(~counted, 0)

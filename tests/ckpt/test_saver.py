@@ -193,7 +193,7 @@ def test_nested_optimizer_state_is_guarded(run, held):
         return loss
 
     optimizer.step(closure)
-    changed = staging.spans_changed_by({1: optimizer})
+    changed = staging.spans_changed_by({1: (optimizer, ())})
     history = optimizer.state[parameter]["old_dirs"]
     assert history
     assert {tensor.data_ptr() for tensor in history} <= set(changed)
