@@ -9,6 +9,8 @@ from pathlib import Path
 
 from click.testing import CliRunner, Result
 
+from seedvc_ckpt import CheckpointStore
+from seedvc_ckpt.format.compare import compare
 from seedvc_train.cli import command
 
 DATA = Path(__file__).parent.parent / "data"
@@ -44,6 +46,14 @@ def start(recordings: Path, logs: Path, **options: object) -> subprocess.Popen[s
     """Start the command in a process group of its own."""
     words = [sys.executable, "-m", "seedvc_train", *arguments(recordings, logs, **options)]
     return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def differences(first: Path, second: Path) -> list[str]:
+    """What differs between the latest checkpoints of two runs."""
+    one, other = CheckpointStore(first).file(), CheckpointStore(second).file()
+    assert one.name == other.name
+    with one.opened() as left, other.opened() as right:
+        return [f"{difference.path}: {difference.what}" for difference in compare(left, right)]
 
 
 def metrics(run: Path) -> list[dict[str, float]]:

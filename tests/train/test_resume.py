@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import runs
 import torch
+from runs import differences
 
 from seedvc_ckpt import CheckpointStore
 from seedvc_ckpt.file import CheckpointFile
@@ -19,14 +20,6 @@ from seedvc_train.corpus import write_demo_corpus
 
 _STEPS = 60
 _KILLS = 10
-
-
-def differences(first: Path, second: Path) -> list[str]:
-    """What differs between the latest checkpoints of two runs."""
-    one, other = CheckpointStore(first).file(), CheckpointStore(second).file()
-    assert one.name == other.name
-    with one.opened() as left, other.opened() as right:
-        return [f"{difference.path}: {difference.what}" for difference in compare(left, right)]
 
 
 def losses(run: Path) -> list[tuple[float, float, float, float]]:
