@@ -89,9 +89,11 @@ class AsyncSaver:
 
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"guard() takes a torch.optim.Optimizer, got {type(optimizer).__name__}")
-        if id(optimizer) not in self._guarded:
+        if id(optimizer) in self._guarded:
+            *_, hook = self._guarded[id(optimizer)]
+        else:
             hook = optimizer.register_step_pre_hook(lambda *_: self._await_copies_of(optimizer))
-            self._guarded[id(optimizer)] = optimizer, tuple(tensors), hook
+        self._guarded[id(optimizer)] = optimizer, tuple(tensors), hook
 
     def save(
         self,

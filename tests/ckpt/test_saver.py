@@ -126,6 +126,32 @@ def test_step_waits_for_what_it_changes(run, held):
     assert states.difference(store.load(), expected) is None
 
 
+def test_averages_guarded_with_an_optimizer_are_copied_before_its_step(run, held):
+    """Averages given to `guard` are copied in the background, and those that a step brings up to date are whole."""
+    trainer, store = Trainer(), CheckpointStore(run)
+    averages = list(trainer.average.parameters())
+    with AsyncSaver(store) as saver:
+        saver.guard(trainer.optimizer)
+        saver.guard(trainer.optimizer, averages)
+        expected = copy.deepcopy(trainer.state())
+        held.clear()
+        pending = saver.save(trainer.state(), 1)
+        stepping = threading.Thread(target=trainer.step)
+        stepping.start()
+        stepping.join(0.2)
+        assert stepping.is_alive(), "step() did not wait"
+        held.set()
+        stepping.join()
+        pending.result()
+        assert states.difference(store.load(1), expected) is None
+        held.clear()
+        torn = saver.save(trainer.state(), 2)
+        averages[0].data.fill_(7)  # too early: with neither a step nor wait_staged() before, nothing protects it
+        held.set()
+        torn.result()
+    assert any(bool((value == 7).all()) for value in store.load(2)["average"].values())
+
+
 def test_an_optimizer_waits_for_its_own_tensors_only(run, monkeypatch):
     """Of two optimizers, the one whose tensors are copied goes on while the other's are still to come."""
     models = [torch.nn.Linear(8, 8) for _ in range(2)]

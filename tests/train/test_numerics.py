@@ -37,13 +37,13 @@ GOLDENS = sorted(runs.DATA.glob("golden_*.pth"))
 )
 def test_a_kill_changes_no_bit(recordings: Path, tmp_path: Path, options: dict[str, object]) -> None:
     """Killed and continued, with no loader process and with two, a run ends as one left alone."""
-    options = {"max_steps": 40, "save_every": 1, **options}
+    options = {"max_steps": 12, "save_every": 1, **options}
     assert runs.train(recordings, tmp_path / "whole", **options).return_value == 0
     for workers in (0, 2):
         logs = tmp_path / f"killed {workers}"
         process = runs.start(recordings, logs, **options, num_workers=workers)
         reached = 0
-        while process.poll() is None and reached < 3:
+        while process.poll() is None and reached < 2:
             latest = CheckpointStore(logs / "run", read_only=True).latest()
             reached = latest.step if latest else 0
             time.sleep(0.005)
