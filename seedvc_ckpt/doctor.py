@@ -14,7 +14,7 @@ from seedvc_ckpt.store import CheckpointStore
 
 __all__ = ["Finding", "diagnose"]
 
-_OF_A_RUN = (".jsonl", ".yml", ".yaml", "ft_model.pth", "ft_model.safetensors")
+_OF_A_RUN = (".jsonl", ".yml", ".yaml", "ft_model.pth", "ft_model.safetensors", "model_card.md", "SHA256SUMS")
 _SHOWN = 3  # names in a list of many
 
 

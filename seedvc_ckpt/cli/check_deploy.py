@@ -49,7 +49,7 @@ def command(location: str, config: str, as_json_: bool) -> None:  # noqa: FBT001
     else:
         size = file.storage.stat(file.name)
         with progress_bar(size.size if size else 0, file.name) as bar:
-            report = check(file, described.config, described.expected, progress=bar.update)
+            report = check(file, described.values, described.expected, progress=bar.update)
     if as_json_:
         as_json(_document(report, named[0]))
     else:

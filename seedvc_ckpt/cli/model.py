@@ -3,37 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import click
 import yaml
 
+from seedvc_ckpt.bundle import ServedConfig
 from seedvc_ckpt.errors import CheckpointError
 from seedvc_ckpt.storage import open_parent, plain_location, read_file
 
-__all__ = ["Described", "UnusableConfigError", "describe", "described_at", "read_config"]
+__all__ = ["UnusableConfigError", "describe", "described", "read_config"]
 
 
 class UnusableConfigError(Exception):
     """A config that describes no model which can be served or trained."""
-
-
-@dataclass(frozen=True)
-class Described:
-    """A config and its model.
-
-    Attributes:
-        name: The config's file name.
-        content: Its bytes.
-        config: What it says, with the defaults of what it leaves out.
-        expected: Shapes by name (``module.name``) of the model's tensors.
-    """
-
-    name: str
-    content: bytes
-    config: Mapping[str, Any]
-    expected: dict[str, tuple[int, ...]]
 
 
 def read_config(location: str) -> tuple[str, bytes]:
@@ -45,7 +28,7 @@ def read_config(location: str) -> tuple[str, bytes]:
         raise click.UsageError(f"--config {plain_location(location)}: {error}") from None
 
 
-def describe(name: str, content: bytes) -> Described:
+def describe(name: str, content: bytes) -> ServedConfig:
     """The model that a YAML describes.
 
     Raises:
@@ -65,13 +48,13 @@ def describe(name: str, content: bytes) -> Described:
         expected = expected_tensors(config)
     except ConfigError as error:
         raise UnusableConfigError(str(error)) from None
-    return Described(name, content, _merged(raw, config.model_dump(mode="json", by_alias=True)), expected)
+    return ServedConfig(name, content, _merged(raw, config.model_dump(mode="json", by_alias=True)), expected)
 
 
-def described_at(location: str) -> Described:
-    """The model of the YAML at a path or URL; one that describes none is a wrong call."""
+def described(named: tuple[str, bytes]) -> ServedConfig:
+    """The model that a YAML describes, given by name and bytes; one that describes none is a wrong call."""
     try:
-        return describe(*read_config(location))
+        return describe(*named)
     except UnusableConfigError as error:
         raise click.UsageError(str(error)) from None
 

@@ -279,7 +279,7 @@ def test_export_makes_what_the_service_starts_with(invoke, golden, data, tmp_pat
         assert written["net"][module].keys() == tensors.keys()
         assert all(torch.equal(written["net"][module][name], value) for name, value in tensors.items())
     assert (golden / CONFIG).read_bytes() == Path(config).read_bytes()
-    assert f"python app_svc.py --checkpoint {golden}/ft_model.pth --config {golden}/{CONFIG}" in result.stdout
+    assert f"python app_vc.py --checkpoint {golden}/ft_model.pth --config {golden}/{CONFIG}" in result.stdout
 
 
 def test_export_takes_step_target_type_and_weights(invoke, golden, tmp_path):

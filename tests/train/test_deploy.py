@@ -15,40 +15,12 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
+from deployed import LARGE, PRESETS, SMALL, TINY, exported, listed, small, weights, written
 
-from seedvc_ckpt import CheckpointStore
 from seedvc_ckpt.cli import commands
 from seedvc_ckpt.cli.model import describe
 from seedvc_ckpt.deploy import Report, check
 from seedvc_ckpt.file import CheckpointFile
-
-DATA = Path(__file__).parent.parent / "data"
-PRESETS = json.loads((DATA / "presets.json").read_text())
-KEYS = json.loads((DATA / "state_dict_keys.json").read_text())
-TINY, SMALL, LARGE = (
-    f"config_dit_mel_seed_uvit_{name}.yml" for name in ("xlsr_tiny", "whisper_small_wavenet", "whisper_base_f0_44k")
-)
-
-
-def small(preset: str) -> dict[str, Any]:
-    """A preset with narrow, few layers: all that a service sets up beside the network stays as it is."""
-    config = copy.deepcopy(PRESETS[preset])
-    model = config["model_params"]
-    model["DiT"].update(hidden_dim=32, num_heads=2, depth=3, content_dim=24, content_codebook_size=8)
-    model["length_regulator"].update(channels=24, content_codebook_size=8, n_f0_bins=16)
-    if "wavenet" in model:
-        model["wavenet"].update(hidden_dim=32, num_layers=2)
-    return config
-
-
-def weights(config: dict[str, Any]) -> dict[str, dict[str, torch.Tensor]]:
-    """Every tensor that the config's model has, filled with one number that takes no room in a file."""
-    net: dict[str, dict[str, torch.Tensor]] = {}
-    for name, shape in describe("config.yml", yaml.safe_dump(config).encode()).expected.items():
-        module, _, key = name.partition(".")
-        value = torch.tensor(1) if key.endswith("input_pos") else torch.tensor(0.5)
-        net.setdefault(module, {})[key] = value.expand(shape)
-    return net
 
 
 def prefixed(net: dict[str, Any], wants: Callable[[int], bool] = lambda _: True, prefix: str = "module.") -> Any:
@@ -137,15 +109,9 @@ def pairs() -> dict[str, tuple[Any, dict[str, Any], str | None]]:
     }  # fmt: skip
 
 
-def written(folder: Path, state: Any, config: dict[str, Any]) -> tuple[Path, Path]:
-    torch.save(state, folder / "ft_model.pth")
-    (folder / "config.yml").write_text(yaml.safe_dump(config))
-    return folder / "ft_model.pth", folder / "config.yml"
-
-
 def report_on(file: Path, config: Path) -> Report:
     described = describe(config.name, config.read_bytes())
-    return check(CheckpointFile.at(file), described.config, described.expected)
+    return check(CheckpointFile.at(file), described.values, described.expected)
 
 
 def said(report: Report, *, problems: bool) -> str:
@@ -202,24 +168,6 @@ def test_the_real_loader_agrees(name: str, loader: Any, tmp_path: Path) -> None:
     assert ("Skipped" in truth["told"]) == bool(skipped)
     random = [key for key in truth["random"] if not key.endswith(("input_pos", "freqs"))]
     assert list(report.loading.left_random) == sorted(random, key=list(report.loading.left_random).index)
-
-
-def exported(folder: Path, config: dict[str, Any], net: Any = None, **settings: Any) -> tuple[Path, Path]:
-    """An export of a run that was trained with a config, and the config."""
-    described = describe("config.yml", yaml.safe_dump(config).encode())
-    from seedvc_ckpt.deploy import flat
-
-    kept = {
-        name: value
-        for name, value in flat(described.config).items()
-        if name.startswith(("preprocess_params.", "model_params.speech_tokenizer.", "model_params.style_encoder.dim"))
-    }
-    file, path = written(folder, {}, config)
-    with CheckpointStore(folder / "run") as store:
-        given = {**kept, "features": "config", **settings}
-        store.save({"net": net or weights(config)}, 500, settings=given, overwrite=True)
-        store.export(file, overwrite=True)
-    return file, path
 
 
 def test_a_model_and_its_own_config_are_fine(tmp_path: Path) -> None:
@@ -386,18 +334,6 @@ def test_wrong_calls_are_told(wrong: str, tmp_path: Path) -> None:
 
 
 # --- the presets as they are ----------------------------------------------------------------------------------------
-
-
-def listed(preset: str) -> dict[str, dict[str, torch.Tensor]]:
-    """A file's weights by the list of a preset's keys, shapes and types; in no more room than one number each."""
-    (name,) = [name for name in KEYS if name in preset]
-    return {
-        module: {
-            key: torch.zeros((), dtype=getattr(torch, kind.removeprefix("torch."))).expand(shape)
-            for key, (shape, kind) in tensors.items()
-        }
-        for module, tensors in KEYS[name].items()
-    }
 
 
 @pytest.mark.parametrize("trained", PRESETS)
