@@ -26,16 +26,13 @@ def cents(a, b):
     return 1200 * np.log2(np.asarray(a) / np.asarray(b))
 
 
-def rmvpe_file(path, weight=None, *, bins=128, classes=360, reshaped=True, kind=TensorProto.FLOAT) -> str:
-    """An ONNX file of RMVPE's interface whose network is one matrix and a sigmoid; it takes blocks of 32 frames."""
+def rmvpe_file(path, weight=None, *, bins=128, classes=360, block=32) -> str:
+    """An ONNX file of RMVPE's interface whose network is one matrix and a sigmoid; it takes whole blocks of frames."""
     if weight is None:
         weight = np.random.default_rng(0).standard_normal((bins, classes)).astype(np.float32) / 4
-    blocks = [
+    nodes = [
         helper.make_node("Reshape", ["mel", "blocks"], ["blocked"]),
         helper.make_node("Reshape", ["blocked", "whole"], ["heard"]),
-    ]
-    nodes = [
-        *(blocks if reshaped else [helper.make_node("Identity", ["mel"], ["heard"])]),
         helper.make_node("Transpose", ["heard"], ["frames"], perm=[0, 2, 1]),
         helper.make_node("MatMul", ["frames", "weight"], ["logits"]),
         helper.make_node("Sigmoid", ["logits"], ["salience"]),
@@ -43,11 +40,11 @@ def rmvpe_file(path, weight=None, *, bins=128, classes=360, reshaped=True, kind=
     graph = helper.make_graph(
         nodes,
         "rmvpe",
-        [helper.make_tensor_value_info("mel", kind, [1, bins, "frames"])],
-        [helper.make_tensor_value_info("salience", kind, [1, "frames", classes])],
+        [helper.make_tensor_value_info("mel", TensorProto.FLOAT, [1, bins, "frames"])],
+        [helper.make_tensor_value_info("salience", TensorProto.FLOAT, [1, "frames", classes])],
         [
             numpy_helper.from_array(weight, "weight"),
-            numpy_helper.from_array(np.array([1, bins, -1, 32]), "blocks"),
+            numpy_helper.from_array(np.array([1, bins, -1, block]), "blocks"),
             numpy_helper.from_array(np.array([1, bins, -1]), "whole"),
         ],
     )
@@ -124,7 +121,7 @@ def test_noise_has_no_pitch():
 
 def test_a_wave_beyond_full_scale_has_the_pitch_of_its_quieter_self():
     """Floats up to +30 dB are allowed in recordings; and the caller's wave stays as it was."""
-    wave = sung(np.full(SR, 150.0), SR) * 20
+    wave = torch.from_numpy((20 * np.sin(2 * np.pi * 150 * seconds(1.0, SR))).astype(np.float32))
     before = wave.clone()
     f0 = SwiftF0()(wave, SR)
     assert torch.equal(wave, before)
@@ -181,13 +178,15 @@ def test_salience_around_a_pitch_is_decoded_to_it(hz):
 
 
 def test_salience_has_to_pass_the_threshold():
-    """0.03 itself is unvoiced, what is above is voiced; bins more than four away from the highest have no say."""
-    salience = np.zeros((5, 360), dtype=np.float32)
+    """0.03 itself is unvoiced, what is above is voiced; of the other bins only four on either side have a say."""
+    salience = np.zeros((6, 360), dtype=np.float32)
     salience[0, 100] = 0.03
     salience[1, 100] = 0.0301
-    salience[2, [100, 95, 105]] = 0.9, 0.8, 0.8
-    salience[3, 0] = salience[4, 359] = 0.5
-    hz = 10 * 2 ** ((1997.3794084376191 + 20 * np.array([100, 100, 0, 359])) / 1200)
+    salience[2, [100, 95]] = 0.9, 0.8
+    salience[3, [100, 104]] = 0.9, 0.3
+    salience[4, [0, 1]] = 0.6, 0.2
+    salience[5, [359, 358]] = 0.6, 0.2
+    hz = 10 * 2 ** ((1997.3794084376191 + 20 * np.array([100, 100, 101, 0.25, 358.75])) / 1200)
     np.testing.assert_allclose(decode_salience(salience), [0, *hz], rtol=1e-6)
 
 
@@ -344,6 +343,7 @@ def broken_files(folder):
         "cut": (whole, "not an RMVPE network"),
         "another model": (str(folder / "swift.onnx"), "not an RMVPE network"),
         "other bins": (rmvpe_file(folder / "bins.onnx", bins=80), "not an RMVPE network"),
+        "other blocks": (rmvpe_file(folder / "blocks.onnx", block=48), "not an RMVPE network"),
         "other classes": (rmvpe_file(folder / "classes.onnx", classes=256), "not an RMVPE network"),
     }
 
