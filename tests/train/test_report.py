@@ -1,0 +1,340 @@
+"""seedvc-train report: a run on one page that needs nothing else, whatever is or is not in the run."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import runs
+from click.testing import CliRunner, Result
+
+import seedvc_train
+from seedvc_ckpt import CheckpointStore
+from seedvc_train.cli import command
+from seedvc_train.corpus import write_demo_corpus
+
+pytest.importorskip("matplotlib")
+
+from matplotlib import image
+
+from seedvc_train.report import charts, write_report
+from seedvc_train.report.history import read_history
+
+NAME = "DiT_epoch_{:05d}_step_{:05d}.pth"
+EVIL = '<script>alert("x")</script><img src=http://evil.example/x>'
+
+
+class Page(HTMLParser):
+    """A page's text, tags, and what its attributes refer to."""
+
+    def __init__(self, page: Path) -> None:
+        super().__init__()
+        self.text, self.tags, self.references = "", set(), []
+        self.feed(page.read_text())
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        self.tags.add(tag)
+        self.references += [value for key, value in attrs if key in ("src", "href", "srcset", "data", "action")]
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def report(run: Path | str, *words: object) -> Result:
+    """Run the command in this process."""
+    return CliRunner().invoke(command, ["report", str(run), *map(str, words)], standalone_mode=False)
+
+
+def page_of(run: Path) -> Page:
+    result = report(run)
+    assert result.exception is None, result.output
+    assert result.output.splitlines()[0] == str(run / "report" / "report.html")
+    return Page(run / "report" / "report.html")
+
+
+def write(path: Path, lines: list[dict], end: str = "") -> None:
+    path.parent.mkdir(exist_ok=True, parents=True)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + end)
+
+
+def event(kind: str, step: int | None, minute: int = 0, **values: object) -> dict:
+    at = {} if step is None else {"step": step}
+    return {"time": f"2026-01-01T00:{minute:02d}:00+00:00", "event": kind, **at, **values}
+
+
+def saved(step: int, size: int, minute: int = 0, **values: object) -> dict:
+    name = NAME.format(0, step)
+    costs = {"seconds_stalled": 0.25, "seconds_until_durable": 2.0}
+    return event("saved", step, minute, name=name, epoch=0, bytes=size, **{**costs, **values})
+
+
+def metric(step: int, **values: object) -> dict:
+    logged = {"epoch": 0, "loss": 1 / step, "running_loss": 2 / step, "lr": 1e-4, "seconds_per_step": 0.5}
+    return {"step": step, **logged, **values}
+
+
+def history(run: Path):
+    return read_history(CheckpointStore(run, read_only=True))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was trained, damaged and gone on with; to be read only."""
+    folder = tmp_path_factory.mktemp("trained")
+    write_demo_corpus(str(folder / "recordings"), clips=2)
+    runs.train(folder / "recordings", folder, max_steps=12)
+    newest = folder / "run" / CheckpointStore(folder / "run").latest().name
+    newest.write_bytes(newest.read_bytes()[:-100])
+    runs.train(folder / "recordings", folder, max_steps=12, save_every=1)
+    return folder / "run"
+
+
+def test_a_trained_run_is_shown_in_full(trained: Path, tmp_path: Path) -> None:
+    """Every checkpoint ever saved stands in the table with its fate, beside losses, settings, versions and config."""
+    out = tmp_path / "out"
+    assert report(trained, "--out", out).exception is None
+    page = Page(out / "report.html")
+    for words in (
+        "DiT_epoch_00005_step_00012.pth",
+        "set aside",
+        "pruned",
+        "preprocess_params.sr",
+        "config_dit_mini.yml",
+    ):
+        assert words in page.text
+    assert sorted(path.name for path in out.iterdir()) == ["disk.png", "loss.png", "report.html", "time.png"]
+    found = history(trained)
+    fates = [(it.step, it.fate) for it in found.checkpoints]
+    assert fates == [(3, "pruned"), (6, "pruned"), (9, "pruned"), (10, "pruned"), (11, "here"), (12, "set aside"),
+                     (12, "here")]  # fmt: skip
+    assert [info.size for info in CheckpointStore(trained).list()] == [it.size for it in found.checkpoints if it.here]
+    assert all(0 < it.seconds_stalled <= 60 for it in found.checkpoints)
+    for path in out.glob("*.png"):
+        assert image.imread(path).std() > 0.01  # not blank
+
+
+def test_the_page_asks_for_nothing_and_runs_nothing(trained: Path, tmp_path: Path) -> None:
+    """No script, no link, no picture but those inside: it can be mailed, and opened without a network."""
+    report(trained, "--out", tmp_path)
+    page = Page(tmp_path / "report.html")
+    assert len(page.references) == 3
+    assert all(reference.startswith("data:image/png;base64,") for reference in page.references)
+    assert not page.tags & {"script", "link", "iframe", "object", "base", "form"}
+    assert "default-src 'none'" in (tmp_path / "report.html").read_text()
+
+
+def test_what_comes_from_the_run_is_escaped(tmp_path: Path) -> None:
+    """Names, reasons, options, metrics and configs can hold HTML; it is shown, not obeyed."""
+    run = tmp_path / EVIL.replace("/", "\N{FRACTION SLASH}")
+    about = {"options": {EVIL: EVIL}, "versions": {EVIL: EVIL}}
+    about_it = event("set_aside", 5, 1, name=EVIL, reason=f"reason {EVIL}")
+    write(run / "events.jsonl", [event("started", 0, **about), about_it, event("failed", None, error=f"failed {EVIL}"),
+                                 event(EVIL, 3), {**event("ended", 4), "time": EVIL}])  # fmt: skip
+    (run / f"{EVIL[:8]}.yml").write_text(f"config: {EVIL}")
+    score = {"name": EVIL, "step": 5, "size": 1, "digest": "", "scores": {f"$a^{EVIL}": 1.0}}
+    write(run / "scores.jsonl", [score])
+    page = page_of(run)
+    assert not page.tags & {"script", "alert"}
+    assert all(reference.startswith("data:") for reference in page.references)
+    for words in (f"reason {EVIL}", f"failed {EVIL}", f"config: {EVIL}", f"$a^{EVIL}"):
+        assert words in page.text
+
+
+def test_a_run_of_seedvcs_own_trainer(tmp_path: Path) -> None:
+    """Without any log of ours its checkpoints and sizes are shown, and what is missing is said."""
+    run = tmp_path / "theirs"
+    shutil.copytree(runs.GENUINE, run)
+    page = page_of(run)
+    assert "no metrics.jsonl" in page.text
+    assert "no events.jsonl" in page.text
+    assert "DiT_epoch_00002_step_00020.pth" in page.text
+    assert [(it.step, it.fate) for it in history(run).checkpoints] == [(10, "here"), (20, "here")]
+    assert (run / "report" / "disk.png").exists()
+    assert not (run / "report" / "time.png").exists()
+
+
+def test_an_empty_run(tmp_path: Path) -> None:
+    """An empty folder gets a page that says so."""
+    page = page_of(tmp_path)
+    assert "no checkpoints" in page.text
+    assert not page.references
+
+
+def test_metrics_alone_torn_and_odd(tmp_path: Path) -> None:
+    """Torn lines and lines of other kinds are passed over; values that are no numbers leave gaps."""
+    lines = [metric(1), metric(2, loss=float("nan"), running_loss=None), metric(3, loss="low", lr=float("inf")),
+             {"step": "4"}, {"step": True}, {"loss": 1}, {"step": 10**400},
+             metric(5, seconds_per_step=None)]  # fmt: skip
+    write(tmp_path / "metrics.jsonl", lines, '[1]\nnot json\n"x"\n\xff\n{"step": 6, "lo')
+    page = page_of(tmp_path)
+    found = history(tmp_path)
+    assert [line.step for line in found.lines] == [1, 2, 3, 5]
+    assert found.step == 5
+    assert "nan" not in page.text.lower()
+    assert (tmp_path / "report" / "loss.png").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0, -1.0, 1e300, 1e17, None, "x"])
+def test_no_number_breaks_a_chart(tmp_path: Path, value: object) -> None:
+    """Whatever stands in a log where a number should, the report is drawn."""
+    odd = dict.fromkeys(("loss", "running_loss", "lr", "seconds_per_step"), value)
+    write(tmp_path / "metrics.jsonl", [metric(1, **odd)])
+    costs = {"seconds_stalled": value, "seconds_until_durable": value, "bytes": value, "epoch": value}
+    write(tmp_path / "events.jsonl", [{**saved(1, 1), **costs}, event("resumed", 1, reached=value, name=value)])
+    score = {"name": "a", "step": 1, "size": 1, "digest": "", "scores": {"m": value}}
+    write(tmp_path / "scores.jsonl", [score])
+    page_of(tmp_path)
+
+
+def test_every_kind_of_event_is_marked(tmp_path: Path) -> None:
+    """Saves, prunings, resumes, what was set aside and each end have marks at their steps, in rows with counts."""
+    write(tmp_path / "metrics.jsonl", [metric(step) for step in (10, 20, 30)])
+    happened = [event("started", 0), saved(10, 5, 1), saved(20, 5, 2), event("pruned", 10, 2, name=NAME.format(0, 10)),
+                saved(30, 5, 3), event("interrupted", 30, 3, signal="SIGTERM"),
+                event("set_aside", 30, 4, name=NAME.format(0, 30), reason="torn"),
+                event("resumed", 20, 4, name=NAME.format(0, 20), reached=30), event("failed", None, 5, error="E"),
+                event("ended", 31, 6)]  # fmt: skip
+    write(tmp_path / "events.jsonl", happened)
+    figure = charts._loss(history(tmp_path))
+    *_, strip = figure.axes
+    found = {
+        label.get_text(): [tuple(point) for point in marks.get_offsets().tolist()]
+        for label, marks in zip(strip.get_yticklabels(), strip.collections, strict=True)
+    }
+    assert found == {
+        "started (1)": [(0, 0)],
+        "resumed (1)": [(20, 1)],
+        "saved, pruned (1)": [(10, 2)],
+        "saved, gone (1)": [(20, 3)],
+        "set aside (1)": [(30, 4)],
+        "interrupted (1)": [(30, 5)],
+        "failed (1)": [(20, 6)],
+        "ended (1)": [(31, 7)],
+    }
+    lines = {line.get_label(): list(line.get_xdata()) for line in figure.axes[0].get_lines()}
+    assert lines == {"loss of the step": [10, 20, 30], "running loss": [10, 20, 30], "resumed": [20, 20],
+                     "set aside": [30, 30]}  # fmt: skip
+    assert "10 logged steps trained again" in page_of(tmp_path).text
+
+
+def test_sizes_add_up(tmp_path: Path) -> None:
+    """The total after each save is that of what was not pruned or set aside by then."""
+    first, second, third = (NAME.format(0, step) for step in (10, 20, 30))
+    write(tmp_path / "events.jsonl", [saved(10, 100), saved(20, 200), saved(30, 300), event("pruned", 10, name=first),
+                                      event("set_aside", 30, name=third), saved(30, 350),
+                                      event("pruned", 20, name=second)])  # fmt: skip
+    assert charts._totals(history(tmp_path)) == ([10, 20, 30, 30], [100, 300, 200, 350])
+
+
+def test_the_best_score_is_the_lowest_of_what_compares(tmp_path: Path) -> None:
+    """The lowest score is marked; NaN is never best; scores of another validation set are not mixed in."""
+
+    def score(step: int, value: float | str, on: str = "b") -> dict:
+        name = NAME.format(0, step)
+        return {
+            "name": name,
+            "step": step,
+            "size": 1,
+            "digest": "",
+            "scores": {"val_loss": value},
+            "on": {"val_loss": on},
+        }
+
+    write(tmp_path / "scores.jsonl", [score(5, 0.01, "a"), score(10, "NaN"), score(20, 0.5), score(30, 0.75),
+                                      score(40, 2.0), score(40, 0.5)], '{"name": "to')  # fmt: skip
+    found = history(tmp_path)
+    assert [*found.scores["val_loss"]] == [10, 20, 30, 40]
+    assert found.best("val_loss") == 40
+    (axes,) = charts._scores(found).axes
+    assert axes.get_legend().get_texts()[0].get_text() == "lowest: 0.5 at step 40"
+    assert "0.5 at 40" in page_of(tmp_path).text
+
+
+def test_pictures_of_mels_are_inside(tmp_path: Path) -> None:
+    """The PNGs in mels/ are shown by step, the last forty of them; what is no PNG is not."""
+    buffer = io.BytesIO()
+    image.imsave(buffer, [[0.0, 1.0]], format="png")
+    mels = tmp_path / "mels"
+    mels.mkdir()
+    for step in range(1, 50):
+        (mels / f"step_{step}.png").write_bytes(buffer.getvalue())
+    (mels / "bad.png").write_text(EVIL)
+    page = page_of(tmp_path)
+    assert [*history(tmp_path).mels] == [f"step_{step}.png" for step in range(1, 50)]
+    assert len(page.references) == 40
+    assert "step_10.png" in page.text
+    assert "step_9.png" not in page.text
+    assert "9 more are in the run" in page.text
+
+
+def test_long_runs_stay_small(tmp_path: Path) -> None:
+    """10,000 logged steps and 200 checkpoints give a page of under 1 MB."""
+    write(tmp_path / "metrics.jsonl", [metric(step) for step in range(1, 10_001)])
+    write(tmp_path / "events.jsonl", [saved(50 * number, 300_000_000) for number in range(1, 201)])
+    page_of(tmp_path)
+    assert (tmp_path / "report" / "report.html").stat().st_size < 1_000_000
+
+
+def test_a_report_can_be_made_again_and_changes_nothing_else(trained: Path, tmp_path: Path) -> None:
+    """It replaces an earlier one; of the run it changes nothing."""
+    before = {path.name: path.stat().st_mtime_ns for path in trained.iterdir()}
+    store = CheckpointStore(trained, read_only=True)
+    first = write_report(store, str(tmp_path))
+    assert first == write_report(store, str(tmp_path))
+    assert {path.name: path.stat().st_mtime_ns for path in trained.iterdir()} == before
+
+
+def test_a_run_on_a_server_needs_a_folder_here(tmp_path: Path) -> None:
+    """For a URL --out is asked for; with it the report is that of the run."""
+    store = CheckpointStore("memory://reports/run")
+    content = json.dumps(metric(7)).encode() + b"\n"
+    store.storage.publish("metrics.jsonl", len(content), [memoryview(content)])
+    refused = report("memory://reports/run")
+    assert "--out" in str(refused.exception)
+    assert report("memory://reports/run", "--out", tmp_path / "here").exception is None
+    assert "memory://reports/run" in Page(tmp_path / "here" / "report.html").text
+
+
+def test_mistakes_get_a_sentence(tmp_path: Path) -> None:
+    """A run that is not there, and a folder that can't be written, are told without a traceback."""
+    (tmp_path / "file").touch()
+    for words, said in (
+        ([tmp_path / "nowhere"], "does not exist"),
+        ([tmp_path, "--out", tmp_path / "file" / "below"], "below"),
+    ):
+        shown = subprocess.run(
+            [sys.executable, "-m", "seedvc_train", "report", *map(str, words)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert shown.returncode in (1, 2)
+        assert said in shown.stderr
+        assert "Traceback" not in shown.stderr
+
+
+def test_without_matplotlib_it_says_what_to_install(tmp_path: Path) -> None:
+    """Where the extra is missing the command names it."""
+    packages = tmp_path / "packages"  # an installation like this one, without a package
+    packages.mkdir()
+    for package in Path(sysconfig.get_path("purelib")).iterdir():
+        if package.suffix != ".pth" and not package.name.startswith("matplotlib"):
+            (packages / package.name).symlink_to(package)
+    project = Path(seedvc_train.__file__).parent.parent
+    shown = subprocess.run(
+        [sys.executable, "-S", "-m", "seedvc_train", "report", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (packages, project)))},
+    )
+    assert shown.returncode == 2, shown.stderr
+    assert "a report needs matplotlib: run pip install 'seedvc-ckpt[report]'" in shown.stderr
