@@ -151,8 +151,7 @@ class Voice:
         """Every frame's spectrum stretched over frequency, on a straight line between the logarithms of two bins."""
         bins = spectrum.shape[1]
         hz = torch.linspace(0, self.sr / 2, bins, dtype=torch.float64)
-        # Low sample rates have no room for formants up to 4800 Hz.
-        source = warp_frequencies(hz, 1 / factor, self.sr, min(4800.0, 0.3 * self.sr)).numpy()
+        source = warp_frequencies(hz, 1 / factor, self.sr).numpy()
         place = (source / (self.sr / 2) * (bins - 1)).clip(0, bins - 1)
         left = place.astype(int).clip(0, bins - 2)
         weight = place - left
