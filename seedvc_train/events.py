@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import Any, Literal
 
 from seedvc_ckpt import CheckpointStore
-from seedvc_train.runlog import RunLog, parsed
+from seedvc_train.runlog import Copy, RunLog, parsed
 
 __all__ = ["NAME", "Event", "EventLog"]
 
@@ -39,6 +39,7 @@ class EventLog:
     def __init__(self, store: CheckpointStore) -> None:
         self._store = store
         self._log: RunLog | None = None
+        self._copies: list[Copy] = []
 
     def __enter__(self) -> EventLog:
         return self
@@ -60,8 +61,15 @@ class EventLog:
             self._log = RunLog(self._store, NAME, _place)
         at = {} if step is None else {"step": step}
         time = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
-        self._log.write(time=time, event=event, **at, **values)
+        line = {"time": time, "event": event, **at, **values}
+        self._log.write(**line)
         self._log.publish()
+        for copy in self._copies:
+            copy(line)
+
+    def copy_to(self, copy: Copy) -> None:
+        """Give `copy` each event too from now on."""
+        self._copies.append(copy)
 
 
 def _place(line: bytes) -> tuple[str, bytes] | None:

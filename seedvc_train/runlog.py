@@ -7,19 +7,22 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any
 
 from seedvc_ckpt import CheckpointError, CheckpointStore
 from seedvc_ckpt.storage import Storage, open_storage, read_file
 
-__all__ = ["Place", "RunLog", "parsed", "working_folder"]
+__all__ = ["Copy", "Place", "RunLog", "folder_here", "parsed", "working_folder"]
 
 _log = logging.getLogger(__name__)
 
 Place = Callable[[bytes], Any]
 """From a line to where it belongs: something that sorts and that no two lines share; None to drop it."""
+
+Copy = Callable[[Mapping[str, Any]], None]
+"""Given each line that is written from now on."""
 
 
 class RunLog:
@@ -39,13 +42,14 @@ class RunLog:
     def __init__(self, store: CheckpointStore, name: str, place: Place) -> None:
         self._store, self._name = store, name
         self._remote = "://" in store.location
-        folder = working_folder(store.storage) if self._remote else store.location
+        folder = folder_here(store)
         os.makedirs(folder, exist_ok=True)
         self.path = os.path.join(folder, name)
         if self._remote:
             _fetch(store.storage, name, self.path, place)
         self.dropped = _cut(folder, name, place) if os.path.exists(self.path) else []
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed by __exit__
+        self._copies: list[Copy] = []
         self._wanted, self._ended = threading.Event(), threading.Event()
         self._sender = threading.Thread(target=self._send_each, name=f"seedvc-train {name}", daemon=True)
 
@@ -70,6 +74,12 @@ class RunLog:
         """Add a line, which a killed process leaves whole or not at all in all but the rarest cases."""
         self._file.write(json.dumps(values) + "\n")
         self._file.flush()
+        for copy in self._copies:
+            copy(values)
+
+    def copy_to(self, copy: Copy) -> None:
+        """Give `copy` each line too that is written from now on."""
+        self._copies.append(copy)
 
     def publish(self) -> None:
         """Begin to send the log as it is to the run's server; nothing to do for a run on a disk."""
@@ -94,6 +104,11 @@ class RunLog:
             )
         except (CheckpointError, OSError) as error:  # checkpoints matter more, and the next one tries again
             _log.warning("%s was not sent and is kept in %s: %s", self._name, self.path, error)
+
+
+def folder_here(store: CheckpointStore) -> str:
+    """The run's folder, or the working folder of a run on a server."""
+    return working_folder(store.storage) if "://" in store.location else store.location
 
 
 def working_folder(storage: Storage) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack
 from importlib.util import find_spec
 from typing import Any
 
@@ -65,6 +66,7 @@ def _run_name(_ctx: click.Context, _parameter: click.Parameter, value: str) -> s
 @click.option("--allow-changes", is_flag=True, help="Go on though settings or data changed.")
 @click.option("--features", type=click.Choice(["auto", "builtin"]), default="auto", show_default=True,
               help="Front ends; those that need no weights are all there are in this version.")  # fmt: skip
+@click.option("--tensorboard", is_flag=True, help="Write the logs for TensorBoard too, to RUN/tensorboard.")
 @click.option("--demo", is_flag=True, help="Show it all once: train on made-up speech, be killed, resume, export.")
 @click.pass_context
 def command(context: click.Context, /, **options: Any) -> int:
@@ -78,6 +80,8 @@ def command(context: click.Context, /, **options: Any) -> int:
     missing = [name for name in _NEEDED if find_spec(name) is None]
     if missing:
         raise click.UsageError(f"training needs {', '.join(missing)}: run pip install 'seedvc-ckpt[train]'")
+    if options["tensorboard"] and find_spec("tensorboard") is None:
+        raise click.UsageError("--tensorboard needs tensorboard: run pip install 'seedvc-ckpt[tensorboard]'")
     if options["demo"]:
         from seedvc_train.demo import demo
 
@@ -103,9 +107,13 @@ def _train(options: dict[str, Any]) -> int:
     from seedvc_train.model import build_model
     from seedvc_train.optim import LEARNING_RATE
     from seedvc_train.randomness import seed_all
+    from seedvc_train.runlog import folder_here
     from seedvc_train.saving import Saving
     from seedvc_train.settings import Settings
     from seedvc_train.state import TrainingState
+
+    if options["tensorboard"]:
+        from seedvc_train.tensorboard import TensorBoard
 
     sound, seed = config.preprocess_params, options["seed"]
     try:
@@ -133,7 +141,7 @@ def _train(options: dict[str, Any]) -> int:
     rules = [keep_last(options["keep_last"])]
     if options["keep_every"]:
         rules.append(keep_every(options["keep_every"]))
-    with CheckpointStore(folder, retention=rules) as store, EventLog(store) as events:
+    with CheckpointStore(folder, retention=rules) as store, ExitStack() as stack, EventLog(store) as events:
         store.acquire()  # a second trainer must not find out after its first hour
         resumed = run.begin(
             state,
@@ -156,6 +164,11 @@ def _train(options: dict[str, Any]) -> int:
         )
         saving = Saving(store, state.changed_by, events, in_background=not options["sync_save"])
         log = MetricsLog(store, state.step)
+        if options["tensorboard"]:
+            board = stack.enter_context(TensorBoard(os.path.join(folder_here(store), "tensorboard"), state.step))
+            log.copy_to(board.write)
+            events.copy_to(board.write)
+            _say(f"for TensorBoard: {board.folder}")
         run.note_start(events, state.step, resumed, log.reached, options)
         code = train(state, data.batches, saving, settings, limits, log)
         run.note_end(events, state.step, code)
