@@ -64,8 +64,15 @@ def _run_name(_ctx: click.Context, _parameter: click.Parameter, value: str) -> s
 @click.option("--resume", default="auto", show_default=True, callback=_resume, metavar="auto|never|STEP",
               help="Go on from the newest intact checkpoint, start anew, or go back to a step.")  # fmt: skip
 @click.option("--allow-changes", is_flag=True, help="Go on though settings or data changed.")
-@click.option("--features", type=click.Choice(["auto", "builtin"]), default="auto", show_default=True,
-              help="Front ends; those that need no weights are all there are in this version.")  # fmt: skip
+@click.option("--features", type=click.Choice(["auto", "seedvc", "builtin"]), default="auto", show_default=True,
+              help="Listen with the encoders of the YAML, as Seed-VC does, or without weights; auto: with those "
+              "of the YAML if they are here or on Hugging Face's hub.")  # fmt: skip
+@click.option("--content-encoder", metavar="DIR|NAME", help="A Whisper or XLS-R model in place of the YAML's, on this "
+              "machine or on the hub.")  # fmt: skip
+@click.option("--campplus", metavar="FILE", help="The speaker encoder's weights, campplus_cn_common.bin.  "
+              "[default: the YAML's campplus_path, then the hub's]")  # fmt: skip
+@click.option("--rmvpe", metavar="FILE", help="Estimate pitch as Seed-VC does, by its rmvpe.onnx.  "
+              "[default: by SwiftF0]")  # fmt: skip
 @click.option("--tensorboard", is_flag=True, help="Write the logs for TensorBoard too, to RUN/tensorboard.")
 @click.option("--demo", is_flag=True, help="Show it all once: train on made-up speech, be killed, resume, export.")
 @click.pass_context
@@ -102,6 +109,7 @@ def _train(options: dict[str, Any]) -> int:
     from seedvc_train.device import DeviceError, find_device, prepare_device, wants_pinned_memory
     from seedvc_train.events import EventLog
     from seedvc_train.features.builtin import BuiltinFrontEnd
+    from seedvc_train.features.choose import EncoderOptions, choose_front_end
     from seedvc_train.loop import Limits, train
     from seedvc_train.metrics import MetricsLog
     from seedvc_train.model import build_model
@@ -126,10 +134,14 @@ def _train(options: dict[str, Any]) -> int:
     for skipped in corpus.skipped:
         _say(f"  skipped {skipped.path}: {skipped.reason}")
     mel = MelSpectrogram(sound.sr, **sound.spect_params.model_dump())
-    front_end = BuiltinFrontEnd(config.model_params.length_regulator.in_channels, config.model_params.style_encoder.dim)
+    encoders = EncoderOptions(*(options[key] for key in ("features", "content_encoder", "campplus", "rmvpe")))
+    beside = os.path.dirname(options["config"])
+    listening_on = "cpu" if options["num_workers"] else device  # loader processes can't share a GPU's memory
+    front_end = choose_front_end(config, beside, encoders, listening_on, _say)
+    features = "builtin" if isinstance(front_end, BuiltinFrontEnd) else front_end.identity
     batch_size = options["batch_size"] or config.batch_size
     chosen = {name: options[name] for name in ("seed", "precision", "tf32", "accumulate", "ema")}
-    settings = Settings.of(config, corpus, batch_size=batch_size, features="builtin", **chosen)
+    settings = Settings.of(config, corpus, batch_size=batch_size, features=features, **chosen)
     pinned = wants_pinned_memory(device)
     data = TrainingData(corpus, mel, front_end, batch_size, seed, options["num_workers"], pinned)
 

@@ -25,16 +25,18 @@ def cached(repo: str, *names: str, revision: str | None = None) -> str | None:
     return next((path for path in found if isinstance(path, str)), None)
 
 
-def fetch(repo: str, *names: str, revision: str | None = None) -> str:
-    """The path of the first of these files: in the cache, or else on the hub, whence it is downloaded.
+def fetch(repo: str, *names: str, revision: str | None = None, ask: bool = True) -> str:
+    """The path of the first of these files: in the cache, or else, if ``ask``, on the hub, whence it is downloaded.
 
     ``HF_HUB_OFFLINE``, ``HF_HOME`` and ``HF_ENDPOINT`` mean what they always mean.
 
     Raises:
-        EncoderError: the hub can't be reached, or has no such repository or file.
+        EncoderError: the hub can't be reached or wasn't to be, or has no such repository or file.
     """
     if path := cached(repo, *names, revision=revision):
         return path
+    if not ask:
+        raise EncoderError(f"the hub's cache has no {' or '.join(names)} of {repo}")
     require("huggingface_hub", "huggingface_hub")
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
     from huggingface_hub.errors import EntryNotFoundError

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from importlib import metadata, resources
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -12,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from seedvc_train.audio import Samples, resample, triangular_filters
-from seedvc_train.features.weights import EncoderError
+from seedvc_train.features.weights import EncoderError, require
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -219,13 +218,3 @@ def _open(path: str) -> tuple[Any, str]:
 
 def _digest(data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=8).hexdigest()
-
-
-def require(module: str, package: str) -> None:
-    """See that a package is installed, without importing it.
-
-    Raises:
-        EncoderError: it is not; the message says what to install.
-    """
-    if find_spec(module) is None:
-        raise EncoderError(f"{package} is not installed: run pip install 'seedvc-ckpt[encoders]'")

@@ -10,7 +10,7 @@ from typing import Any
 from seedvc_train.features import hub
 from seedvc_train.features.weights import EncoderError, read_weights
 
-__all__ = ["Pretrained", "known_width"]
+__all__ = ["Pretrained", "is_repository", "known_width"]
 
 _CONFIG = "config.json"
 _EXTRACTOR = ("preprocessor_config.json", "processor_config.json")  # the second by transformers 5, with a tokenizer
@@ -48,8 +48,8 @@ class Pretrained:
     weights: str
 
     @classmethod
-    def find(cls, name: str, model_type: str) -> Pretrained:
-        """The files in the folder ``name``, or else in the hub's cache, or else on the hub.
+    def find(cls, name: str, model_type: str, *, ask_hub: bool = True) -> Pretrained:
+        """The files in the folder ``name``, or else in the hub's cache, or else, if ``ask_hub``, on the hub.
 
         Raises:
             EncoderError: a file is missing, the hub can't be reached, or it is a model of another type.
@@ -57,13 +57,13 @@ class Pretrained:
         if os.path.isdir(name):
             config = _local(name, _CONFIG)
             extractor, weights = _local(name, *_EXTRACTOR), _local(name, *_WEIGHTS)
-        elif name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
+        elif not is_repository(name):
             raise EncoderError(f"{name}: no such folder")
         else:
-            config = hub.fetch(name, _CONFIG)
+            config = hub.fetch(name, _CONFIG, ask=ask_hub)
             revision = os.path.basename(os.path.dirname(config))  # the cache's folders are named by the commit
-            extractor = hub.fetch(name, *_EXTRACTOR, revision=revision)
-            weights = hub.fetch(name, *_WEIGHTS, revision=revision)
+            extractor = hub.fetch(name, *_EXTRACTOR, revision=revision, ask=ask_hub)
+            weights = hub.fetch(name, *_WEIGHTS, revision=revision, ask=ask_hub)
         settings = _read_config(config)
         if (found := settings.get("model_type")) != model_type:
             raise EncoderError(f"{name}: holds a model of type {found}, expected {model_type}")
@@ -95,11 +95,18 @@ class Pretrained:
         return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
+def is_repository(name: str) -> bool:
+    """Whether this is no folder here and could be a repository on the hub, by its name."""
+    return not os.path.isdir(name) and not name.startswith(("/", ".", "~")) and name.count("/") <= 1
+
+
 def known_width(name: str) -> int | None:
-    """The features a frame of a pretrained model, where that can be told without asking the hub."""
+    """The numbers a frame of a pretrained model, where that can be told without asking the hub."""
+    if name in _WIDTHS and is_repository(name):
+        return _WIDTHS[name]
     config = os.path.join(name, _CONFIG) if os.path.isdir(name) else hub.cached(name, _CONFIG)
     if config is None or not os.path.isfile(config):
-        return _WIDTHS.get(name)
+        return None
     settings = _read_config(config)
     width = settings.get("d_model", settings.get("hidden_size"))
     return width if isinstance(width, int) else None

@@ -11,7 +11,8 @@ import numpy.typing as npt
 import torch
 
 from seedvc_train.features.builtin import warp_frequencies
-from seedvc_train.features.pitch import SwiftF0, require
+from seedvc_train.features.pitch import SwiftF0
+from seedvc_train.features.weights import require
 
 __all__ = ["Voice", "shift_identity", "shift_timbre"]
 

@@ -72,12 +72,15 @@ def save_campplus(path: Path) -> Path:
 
 
 def made_up(name: str, like: torch.Tensor) -> torch.Tensor:
-    """Uniform values at the scale of a trained layer's, from the name alone."""
+    """Uniform values from the name alone, at a scale at which what goes in still tells in what comes out."""
     if not like.is_floating_point():
         return torch.zeros_like(like)
     values = np.random.default_rng(zlib.crc32(name.encode())).random(like.numel())
-    fan_in = max(like[0].numel(), 1) if like.dim() > 1 else 4
-    low, high = (0.5, 1.5) if name.endswith("running_var") else (-1, 1) / np.sqrt(fan_in / 3)
+    if like.dim() > 1:
+        edge = (6 / like[0].numel()) ** 0.5  # variance 2 / inputs: He's, for layers before a ReLU
+        low, high = -edge, edge
+    else:
+        low, high = (0.7, 1.3) if name.endswith(("running_var", "weight")) else (-0.2, 0.2)
     return torch.from_numpy(low + (high - low) * values).float().reshape(like.shape)
 
 
