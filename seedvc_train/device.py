@@ -6,10 +6,25 @@ No test has run those: there was no such device.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import cast
 
 import torch
+from torch import nn
 
-__all__ = ["DeviceError", "find_device", "prepare_device", "wants_pinned_memory"]
+from seedvc_train.model.flow_matching import FlowMatching
+
+__all__ = [
+    "DeviceError",
+    "compile_model",
+    "compiler_errors",
+    "find_device",
+    "prepare_device",
+    "wants_pinned_memory",
+]
+
+_COMPILER = "inductor"
 
 
 class DeviceError(ValueError):
@@ -67,3 +82,26 @@ def prepare_device(device: torch.device, *, tf32: bool) -> None:
 def wants_pinned_memory(device: torch.device) -> bool:
     """Whether batches reach the device without holding up training if they lie in page-locked memory."""
     return device.type == "cuda"
+
+
+def compile_model(model: nn.ModuleDict) -> None:
+    """Have the parts where the time goes compiled when they first run, in place: names in the state dict stay.
+
+    These are the transformer and, where there is one, the WaveNet; what lies between them draws numbers and decides.
+    """
+    estimator = cast("FlowMatching", model["cfm"]).estimator
+    estimator.transformer.compile(backend=_COMPILER, dynamic=True)
+    if estimator.params.final_layer_type == "wavenet":
+        estimator.wavenet.compile(backend=_COMPILER, dynamic=True)
+
+
+@contextmanager
+def compiler_errors() -> Iterator[None]:
+    """In it, what a compiler can't do is told as a `DeviceError`."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        reason = str(error).strip().partition("\n")[0]
+        raise DeviceError(f"--compile: torch can't compile the model here: {reason}\nLeave --compile out") from error

@@ -19,9 +19,10 @@ from seedvc_ckpt.store import Resumed
 from seedvc_train import events, metrics
 from seedvc_train.events import EventLog
 from seedvc_train.optim import set_learning_rate
+from seedvc_train.pretrained import Pretrained
 from seedvc_train.settings import Settings
 from seedvc_train.state import TrainingState, recorded_settings
-from seedvc_train.weights import StateError, load_pretrained
+from seedvc_train.weights import StateError
 
 __all__ = ["WEIGHTS", "ChangedRunError", "begin", "keep_config", "note_end", "note_start", "publish_weights"]
 
@@ -38,7 +39,7 @@ def begin(
     settings: Settings,
     *,
     resume: str,
-    pretrained: str | None,
+    pretrained: Pretrained | None,
     lr: float | None,
     allow_changes: bool,
     say: Callable[[str], None],
@@ -62,7 +63,7 @@ def begin(
 
     Raises:
         ChangedRunError: listing what changed.
-        StateError: if a checkpoint does not fit the model.
+        StateError: if a checkpoint does not fit the model, or nothing of pretrained weights does.
         CheckpointError: if there are checkpoints but none can be used.
     """
     if resume == "never":
@@ -80,10 +81,7 @@ def begin(
         return found.info.name
     say("starting at step 0")
     if pretrained is not None:
-        for line in load_pretrained(state.model, CheckpointFile.at(pretrained).load(), pretrained):
-            say(f"  {line}")
-        if state.ema is not None:
-            state.ema.restart()
+        pretrained.load_into(state, say)
     return None
 
 

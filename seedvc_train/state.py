@@ -33,6 +33,7 @@ class TrainingState:
         schedulers: One an optimiser.
         precision: How the forward pass computes.
         ema: The averaged weights, where they are wanted.
+        compiled: Whether the model is compiled, which changes the last bits.
         step: Steps done.
         epoch: The epoch that is running, from 0.
         position: Batches of this epoch that are consumed.
@@ -44,6 +45,7 @@ class TrainingState:
     schedulers: dict[str, ExponentialLR]
     precision: Precision
     ema: Ema | None = None
+    compiled: bool = False
     step: int = 0
     epoch: int = 0
     position: int = 0
@@ -51,13 +53,19 @@ class TrainingState:
 
     @classmethod
     def fresh(
-        cls, model: nn.ModuleDict, lr: float, *, precision: str = "fp32", ema_decay: float | None = None
+        cls,
+        model: nn.ModuleDict,
+        lr: float,
+        *,
+        precision: str = "fp32",
+        ema_decay: float | None = None,
+        compiled: bool = False,
     ) -> TrainingState:
         """A run at step 0, of a model on the device where it is trained."""
         optimizers = make_optimizers(model, lr)
         computing = Precision(precision, next(model.parameters()).device)
         ema = None if ema_decay is None else Ema(model, ema_decay)
-        return cls(model, optimizers, make_schedulers(optimizers), computing, ema)
+        return cls(model, optimizers, make_schedulers(optimizers), computing, ema, compiled)
 
     @property
     def changed_by(self) -> Mapping[Optimizer, list[Tensor]]:
@@ -148,15 +156,15 @@ class TrainingState:
         if ours.get("loss_scale") and self.precision.scaler.is_enabled():
             self.precision.scaler.load_state_dict(ours["loss_scale"])
         randomness.restore(ours["random"])
-        now = self._environment().items()
-        changed = [f"{what}: {ours['environment'][what]} then, {value} now" for what, value in now
-                   if ours["environment"][what] != value]  # fmt: skip
+        then, now = ours["environment"], self._environment()
+        changed = [f"{what}: {then[what]} then, {now[what]} now" for what in then if then[what] != now[what]]
         return missing + [f"{line}, so the last bits may differ" for line in changed]
 
     def _environment(self) -> dict[str, Any]:
         """What computes the numbers."""
         device = next(self.model.parameters()).device.type
-        return {"torch": str(torch.__version__), "threads": torch.get_num_threads(), "device": device}
+        threads = torch.get_num_threads()
+        return {"torch": str(torch.__version__), "threads": threads, "device": device, "compiled": self.compiled}
 
     def _restore_optimizers(self, checkpoint: dict[str, Any]) -> list[str]:
         missing = []

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from seedvc_train.ema import LEFT_OUT
 
-__all__ = ["StateError", "load_pretrained", "load_weights", "weights_of"]
+__all__ = ["StateError", "flat", "load_weights", "misfits", "weights_of"]
 
 _SHOWN = 10
 
@@ -30,6 +30,10 @@ def weights_of(checkpoint: Any, which: str = "net") -> dict[str, dict[str, Tenso
     net = checkpoint.get("net") if isinstance(checkpoint, dict) else None
     if not isinstance(net, dict) or not all(isinstance(tensors, dict) for tensors in net.values()):
         raise StateError("it holds no weights ('net'): it is no checkpoint of Seed-VC's layout")
+    for module, tensors in net.items():
+        for name, value in tensors.items():
+            if not isinstance(name, str) or not isinstance(value, Tensor):
+                raise StateError(f"its net[{module!r}][{name!r}] is a {type(value).__name__}, not a named tensor")
     if which == "ema":
         net = {module: {**tensors, **_averages(checkpoint, module, tensors)} for module, tensors in net.items()}
     return {
@@ -67,10 +71,10 @@ def load_weights(model: nn.ModuleDict, checkpoint: dict[str, Any]) -> None:
     Raises:
         StateError: listing what does not fit; the model is unchanged then.
     """
-    given, wanted = _flat(weights_of(checkpoint)), model.state_dict()
+    given, wanted = flat(weights_of(checkpoint)), model.state_dict()
     problems = [f"{name}: missing" for name in wanted if name not in given]
     problems += [f"{name}: not in the model" for name in given if name not in wanted]
-    problems += _misfits(given, wanted)
+    problems += misfits(given, wanted)
     if problems:
         rest = f"\n  and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         listed = "\n  ".join(problems[:_SHOWN])
@@ -78,45 +82,15 @@ def load_weights(model: nn.ModuleDict, checkpoint: dict[str, Any]) -> None:
     model.load_state_dict(given)
 
 
-def load_pretrained(model: nn.ModuleDict, checkpoint: Any, name: str) -> list[str]:
-    """Copy those weights of ``net`` that fit the model.
-
-    Returns:
-        In words, how many were loaded and what was not.
-
-    Raises:
-        StateError: if nothing fits.
-    """
-    given, wanted = _flat(weights_of(checkpoint)), model.state_dict()
-    fitting = {key: tensor for key, tensor in given.items() if key in wanted and tensor.shape == wanted[key].shape}
-    if not fitting:
-        raise StateError(
-            f"{name} holds no weights that fit the model which the config describes ({len(given)} tensors there, "
-            f"{len(wanted)} in the model): it belongs to another config"
-        )
-    model.load_state_dict(fitting, strict=False)
-    report = [f"{len(fitting)} of the model's {len(wanted)} tensors loaded from {name}"]
-    missing = [key for key in wanted if key not in given]
-    unexpected = [key for key in given if key not in wanted]
-    for what, names in (
-        ("missing there, left at their initial values", missing),
-        ("not in the model, ignored", unexpected),
-        ("of another shape, left at their initial values", _misfits(given, wanted)),
-    ):
-        if names:
-            rest = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-            report.append(f"{len(names)} {what}: {', '.join(names[:_SHOWN])}{rest}")
-    return report
-
-
-def _flat(weights: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+def flat(weights: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
     """The same under the names that they have in the whole model."""
     return {f"{module}.{name}": tensor for module, tensors in weights.items() for name, tensor in tensors.items()}
 
 
-def _misfits(given: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+def misfits(given: dict[str, Tensor], wanted: dict[str, Tensor], space: str = " ") -> list[str]:
+    """In words, which tensors have another shape than is wanted, with `space` between name and shapes."""
     return [
-        f"{name}: {tuple(given[name].shape)} in the checkpoint, {tuple(tensor.shape)} in the model"
+        f"{name}:{space}{tuple(given[name].shape)} in the checkpoint, {tuple(tensor.shape)} in the model"
         for name, tensor in wanted.items()
         if name in given and given[name].shape != tensor.shape
     ]

@@ -36,7 +36,12 @@ def _run_name(_ctx: click.Context, _parameter: click.Parameter, value: str) -> s
     "--run-name my_run --max-steps 5000. Start the same command again after a crash and it goes on.",
 )
 @click.option("--config", default=_PRESET, metavar="YAML", help="A config of Seed-VC's.  [default: a tiny one to try]")
-@click.option("--pretrained-ckpt", metavar="FILE", help="Weights that a new run starts from.")
+@click.option("--pretrained-ckpt", metavar="FILE|RUN", help="Weights that a new run starts from; of a RUN, its latest.")
+@click.option("--pretrained-weights", type=click.Choice(["net", "ema"]), default="net", show_default=True,
+              help="Of --pretrained-ckpt: the trained ones, or their averages where it has them.")  # fmt: skip
+@click.option(
+    "--compile", is_flag=True, help="Compile the model first (minutes); resumes differ in the last bits then."
+)
 @click.option("--dataset-dir", metavar="DIR", help="Recordings of 1 to 30 s, in any folders below it.")
 @click.option("--run-name", default="my_run", show_default=True, callback=_run_name, help="The run's folder.")
 @click.option("--log-dir", metavar="DIR|URL", help="Where runs lie.  [default: the YAML's log_dir]")
@@ -106,7 +111,14 @@ def _train(options: dict[str, Any]) -> int:
     from seedvc_train.audio import MelSpectrogram
     from seedvc_train.data import TrainingData
     from seedvc_train.dataset import scan
-    from seedvc_train.device import DeviceError, find_device, prepare_device, wants_pinned_memory
+    from seedvc_train.device import (
+        DeviceError,
+        compile_model,
+        compiler_errors,
+        find_device,
+        prepare_device,
+        wants_pinned_memory,
+    )
     from seedvc_train.events import EventLog
     from seedvc_train.features.builtin import BuiltinFrontEnd
     from seedvc_train.features.choose import EncoderOptions, choose_front_end
@@ -114,6 +126,7 @@ def _train(options: dict[str, Any]) -> int:
     from seedvc_train.metrics import MetricsLog
     from seedvc_train.model import build_model
     from seedvc_train.optim import LEARNING_RATE
+    from seedvc_train.pretrained import Pretrained
     from seedvc_train.randomness import seed_all
     from seedvc_train.runlog import folder_here
     from seedvc_train.saving import Saving
@@ -123,7 +136,7 @@ def _train(options: dict[str, Any]) -> int:
     if options["tensorboard"]:
         from seedvc_train.tensorboard import TensorBoard
 
-    sound, seed = config.preprocess_params, options["seed"]
+    sound, seed, start = config.preprocess_params, options["seed"], options["pretrained_ckpt"]
     try:
         device = find_device(options["device"], options["gpu"])
         prepare_device(device, tf32=options["tf32"])
@@ -147,8 +160,14 @@ def _train(options: dict[str, Any]) -> int:
 
     seed_all(seed)
     model = build_model(config.model_params).to(device)
+    if options["compile"]:
+        compile_model(model)
     state = TrainingState.fresh(
-        model, options["lr"] or LEARNING_RATE, precision=options["precision"], ema_decay=options["ema"]
+        model,
+        options["lr"] or LEARNING_RATE,
+        precision=options["precision"],
+        ema_decay=options["ema"],
+        compiled=options["compile"],
     )
     rules = [keep_last(options["keep_last"])]
     if options["keep_every"]:
@@ -160,7 +179,7 @@ def _train(options: dict[str, Any]) -> int:
             store,
             settings,
             resume=options["resume"],
-            pretrained=options["pretrained_ckpt"],
+            pretrained=Pretrained(start, options["pretrained_weights"]) if start else None,
             lr=options["lr"],
             allow_changes=options["allow_changes"],
             say=_say,
@@ -182,7 +201,8 @@ def _train(options: dict[str, Any]) -> int:
             events.copy_to(board.write)
             _say(f"for TensorBoard: {board.folder}")
         run.note_start(events, state.step, resumed, log.reached, options)
-        code = train(state, data.batches, saving, settings, limits, log)
+        with compiler_errors():
+            code = train(state, data.batches, saving, settings, limits, log)
         run.note_end(events, state.step, code)
         if code:
             _say(f"stopped at step {state.step}, saved; start the same command again to go on")

@@ -201,31 +201,3 @@ def test_a_model_of_another_config_is_refused(recordings: Path, logs: Path) -> N
     result = runs.train(recordings, logs, max_steps=21, lr=None, config=other)
     assert isinstance(result.exception, StateError)
     assert "cfm.estimator.transformer.layers.2.attention.wqkv.weight: not in the model" in str(result.exception)
-
-
-@pytest.mark.parametrize("prefix", ["", "module."])
-def test_pretrained_weights_start_a_run(recordings: Path, tmp_path: Path, prefix: str) -> None:
-    """--pretrained-ckpt takes the weights of a checkpoint, with a report, and begins at step 0."""
-    state = genuine("ft_model.pth")
-    given = {
-        module: {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
-        for module, tensors in state["net"].items()
-    }
-    dropped = given["cfm"].pop(f"{prefix}estimator.cond_projection.bias")
-    torch.save({"net": given}, tmp_path / "weights.pth")
-    result = runs.train(recordings, tmp_path, max_steps=1, lr=1e-12, pretrained_ckpt=tmp_path / "weights.pth")
-    assert "starting at step 0" in result.output
-    assert "cfm.estimator.cond_projection.bias" in result.output
-    net = CheckpointStore(tmp_path / "run").load()["net"]
-    name = "estimator.cond_x_merge_linear.weight"
-    assert torch.allclose(net["cfm"][name], state["net"]["cfm"][name], atol=1e-9)
-    assert not torch.equal(net["cfm"]["estimator.cond_projection.bias"], dropped)
-
-
-def test_pretrained_weights_that_fit_nothing_are_refused(recordings: Path, tmp_path: Path) -> None:
-    """Weights of which no tensor fits are an error, not a fresh start."""
-    torch.save({"net": {"cfm": {"w": torch.ones(3)}}}, tmp_path / "weights.pth")
-    result = runs.train(recordings, tmp_path, pretrained_ckpt=tmp_path / "weights.pth")
-    assert isinstance(result.exception, StateError)
-    assert "no weights that fit" in str(result.exception)
-    assert not CheckpointStore(tmp_path / "run").list()
