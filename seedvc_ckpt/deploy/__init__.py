@@ -96,7 +96,7 @@ def _checked(
     trained = found.manifest.settings if found.manifest else {}
     problems = [*_of_loading(loading, len(expected), net), *_of_types(loading)]
     problems += contradictions(config, trained, loading.given)
-    if trained.get("features") == "builtin":
+    if str(trained.get("features")).startswith("builtin"):
         problems.append(
             Remark(
                 "the file was trained on the built-in features, which no service has: it could not understand the "
