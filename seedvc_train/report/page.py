@@ -60,7 +60,7 @@ def _tiles(history: History) -> list[tuple[str, str]]:
     ]
     stalled = [it.seconds_stalled for it in history.checkpoints if not math.isnan(it.seconds_stalled)]
     if stalled:
-        tiles.append(("training waited for saves", f"{_number(sum(stalled))} s in {len(stalled)} saves"))
+        tiles.append((f"training waited for {len(stalled)} saves", f"{sum(stalled):.3g} s"))
     best = [(metric, history.best(metric)) for metric in history.scores]
     tiles += [(f"lowest {metric}", f"{_number(history.scores[metric][step])} at {step}") for metric, step in best]
     return tiles
