@@ -99,7 +99,10 @@ def _loss(history: History) -> Figure | None:
         steps, _numbers(history.lines, "loss"), color=SKY, alpha=0.7, linewidth=0.7, label="loss of the step", **dot
     )
     loss.plot(steps, _numbers(history.lines, "running_loss"), color=BLUE, linewidth=2, label="running loss", **dot)
-    loss.set(title="Loss", ylabel="loss")
+    top, above = _top(_numbers(history.lines, "loss") + _numbers(history.lines, "running_loss"))
+    loss.set(title=f"Loss (highest {above:.4g}, not shown)" if above else "Loss", ylabel="loss")
+    if above:
+        loss.set_ylim(0, top)
     rate.plot(steps, _numbers(history.lines, "lr"), color=INK, linewidth=1.5, **dot)
     rate.set(title="Learning rate", ylabel="learning rate")
     rates = [value for value in _numbers(history.lines, "lr") if value > 0]
@@ -176,20 +179,20 @@ def _time(history: History) -> Figure | None:
 
 
 def _draw_speed(axes: Axes, logged: Sequence[Line]) -> None:
-    seconds = sorted(line.number("seconds_per_step") for line in logged)
-    middle, most, longest = seconds[len(seconds) // 2], seconds[int(0.95 * (len(seconds) - 1))], seconds[-1]
+    seconds = sorted(_numbers(logged, "seconds_per_step"))
+    middle = seconds[len(seconds) // 2]
+    top, above = _top(seconds)
     factor, unit = _unit(middle)
     axes.plot(
         [line.step for line in logged],
-        [line.number("seconds_per_step") * factor for line in logged],
+        [value * factor for value in _numbers(logged, "seconds_per_step")],
         color=BLUE,
         linewidth=1,
         marker="." if len(logged) < 3 else None,
     )
-    median = f"median {_in_words(middle)}"
-    cut = longest > 3 * most > 0
-    title = f"Time per step, saving aside ({median}{f', longest {_in_words(longest)}, not shown' if cut else ''})"
-    axes.set(title=title, ylabel=unit, ylim=(0, (1.5 * most if cut else longest * 1.1) * factor or 1))
+    longest = f", longest {_in_words(above)}, not shown" if above else ""
+    axes.set(title=f"Time per step, saving aside (median {_in_words(middle)}{longest})", ylabel=unit)
+    axes.set_ylim(0, top * factor)
 
 
 def _draw_costs(axes: Axes, saves: Sequence[Checkpoint]) -> None:
@@ -280,6 +283,15 @@ def _scores(history: History) -> Figure | None:
     panels[-1].set_xlabel("step of the checkpoint")
     panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     return figure
+
+
+def _top(values: Sequence[float]) -> tuple[float, float | None]:
+    """Where an axis from 0 ends, so that few large values don't flatten the rest, and the largest where it is above."""
+    known = sorted(value for value in values if not math.isnan(value))
+    if not known or known[-1] <= 0:
+        return 1.0, None
+    most = known[int(0.95 * (len(known) - 1))]
+    return (1.5 * most, known[-1]) if known[-1] > 4 * most > 0 else (1.1 * known[-1], None)
 
 
 def _legend(axes: Axes) -> None:

@@ -13,10 +13,11 @@ import pytest
 import runs
 import torch
 
-from seedvc_ckpt import AsyncSaver, CheckpointStore, keep_last
+from seedvc_ckpt import AsyncSaver, CheckpointStore, LeaseHeldError, keep_last
 from seedvc_train.corpus import write_demo_corpus
 from seedvc_train.events import EventLog
 from seedvc_train.loop import TrainingError
+from seedvc_train.run import ChangedRunError
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +124,40 @@ def test_a_failure_is_told(recordings: Path, tmp_path: Path) -> None:
     result = runs.train(recordings, tmp_path, max_steps=400, save_every=500, lr=1e30)
     assert isinstance(result.exception, TrainingError)
     assert events(tmp_path / "run")[-1]["error"] == f"TrainingError: {result.exception}"
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [(SystemExit(143), "interrupted"), (KeyboardInterrupt(), "interrupted"), (ValueError("x"), "failed")],
+)
+def test_the_way_out_is_told(tmp_path: Path, error: BaseException, said: str) -> None:
+    """What ends a process early is its last event: a second signal as an interruption, an error with its words."""
+
+    def train() -> None:
+        with CheckpointStore(tmp_path) as store, EventLog(store) as log:
+            log.write("started", 0)
+            raise error
+
+    with pytest.raises(type(error)):
+        train()
+    assert told(tmp_path) == [("started", 0), (said, None)]
+
+
+def test_who_does_not_hold_the_run_writes_nothing(recordings: Path, tmp_path: Path) -> None:
+    """A trainer that is refused, by another's lease or by changed settings, leaves the events as they are."""
+    first = runs.start(recordings, tmp_path, max_steps=5000, save_every=5000)
+    try:
+        while not runs.metrics(tmp_path / "run"):
+            assert first.poll() is None
+            time.sleep(0.01)
+        assert isinstance(runs.train(recordings, tmp_path).exception, LeaseHeldError)
+        assert told(tmp_path / "run") == [("started", 0)]
+    finally:
+        first.terminate()
+        first.communicate()
+    before = events(tmp_path / "run")
+    assert isinstance(runs.train(recordings, tmp_path, seed=7).exception, ChangedRunError)
+    assert events(tmp_path / "run") == before
 
 
 def test_secrets_stay_out(recordings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

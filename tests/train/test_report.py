@@ -225,6 +225,17 @@ def test_every_kind_of_event_is_marked(tmp_path: Path) -> None:
     assert "10 logged steps trained again" in page_of(tmp_path).text
 
 
+def test_an_outlier_does_not_flatten_a_curve(tmp_path: Path) -> None:
+    """One step with an enormous loss, or a machine that slept, leaves the rest readable, and is named."""
+    steps = [metric(step, loss=0.5, running_loss=0.5, seconds_per_step=0.2) for step in range(1, 101)]
+    write(tmp_path / "metrics.jsonl", [*steps, metric(101, loss=9e6, running_loss=0.5, seconds_per_step=3600.0)])
+    loss, time = charts._loss(history(tmp_path)).axes[0], charts._time(history(tmp_path)).axes[0]
+    assert loss.get_ylim() == (0, 0.75)
+    assert loss.get_title() == "Loss (highest 9e+06, not shown)"
+    assert time.get_ylim() == (0, pytest.approx(300))
+    assert "median 200 ms, longest 3600 s, not shown" in time.get_title()
+
+
 def test_sizes_add_up(tmp_path: Path) -> None:
     """The total after each save is that of what was not pruned or set aside by then."""
     first, second, third = (NAME.format(0, step) for step in (10, 20, 30))
