@@ -314,6 +314,29 @@ def test_resume_goes_back_or_starts_anew(on_s3, whole):
     assert [info.step for info in aside.list()] == [*range(1, 7)]
 
 
+def test_the_events_follow_the_run(on_s3, tmp_path):
+    """What happened to a run on a server stands there, from each machine that trained it; a report is drawn from it."""
+    pytest.importorskip("matplotlib")
+    from seedvc_train.report import write_report
+
+    on_s3.finish("here", max_steps=2)
+    on_s3.finish("elsewhere", max_steps=3)
+    lines = [json.loads(line) for line in read_file(on_s3.storage, "events.jsonl").splitlines()]
+    told = [(line["event"], line["step"]) for line in lines]
+    assert told == [
+        ("started", 0),
+        ("saved", 1),
+        ("saved", 2),
+        ("ended", 2),
+        ("resumed", 2),
+        ("saved", 3),
+        ("ended", 3),
+    ]
+    write_report(on_s3.store, str(tmp_path))
+    page = (tmp_path / "report.html").read_text()
+    assert all(info.name in page for info in on_s3.store.list())
+
+
 def test_signals_reach_loader_processes_too(commands, weed, config, recordings, whole, tmp_path):
     """Started as people do, with loader processes, SIGINT to all of them saves; the run goes on to the same bits."""
     logs = weed.url(f"train_{os.urandom(4).hex()}") + "//"
