@@ -15,9 +15,8 @@ from seedvc_train.dataset import Corpus
 __all__ = ["Settings"]
 
 _SHOWN = 8
-# what a service sets up from the YAML beside the weights, and must set up as training did
+# what of the model a service sets up from the YAML beside the weights, and must set up as training did
 _OF_THE_SERVICE = (
-    "preprocess_params.",
     "model_params.speech_tokenizer.",
     "model_params.style_encoder.dim",
     "model_params.length_regulator.f0_condition",

@@ -85,7 +85,7 @@ def command(
     if config is None or served is None:
         click.echo("names and shapes were not checked against a model: use --config for that")
         return
-    beside = _copy_config(config, storage)
+    beside = _copy_config(config, served, storage)
     if is_url(written):
         click.echo("download both files to start the service with them")
     elif written.endswith(".pth"):
@@ -124,15 +124,13 @@ def _echo_start(service: str, weights: str, config: str) -> None:
     click.echo(f"start the service with\n  {line}")
 
 
-def _copy_config(config: str, storage: Storage) -> str:
+def _copy_config(config: str, served: ServedConfig, storage: Storage) -> str:
     """Put the YAML beside the export and return its path; an other file of that name stays."""
-    name = os.path.basename(config)
+    name, content = served.name, served.content
     target = f"{storage.location.rstrip('/')}/{name}"
-    with open(config, "rb") as file:
-        content = file.read()
     if storage.stat(name) is None:
         storage.publish(name, len(content), [memoryview(content)])
     elif read_file(storage, name) != content:
-        click.echo(f"kept {target}, which differs from {config}", err=True)
+        click.echo(f"kept {target}, which differs from {plain_location(config)}", err=True)
         return config
     return target

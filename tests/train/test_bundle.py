@@ -12,12 +12,13 @@ from typing import Any
 
 import fsspec
 import pytest
+import runs
 import torch
 import yaml
 from click.testing import CliRunner, Result
-from deployed import LARGE, TINY, exported, small
+from deployed import LARGE, SMALL, TINY, exported, small
 
-from seedvc_ckpt import CheckpointError, CheckpointStore
+from seedvc_ckpt import CheckpointError, CheckpointStore, ExportError
 from seedvc_ckpt.bundle import CARD, SUMS, WEIGHTS, ServedConfig, write_bundle
 from seedvc_ckpt.cli import commands
 from seedvc_ckpt.cli.model import describe
@@ -269,3 +270,29 @@ def test_a_run_of_seedvcs_own_trainer_is_told_of(tmp_path: Path) -> None:
     assert "| digest of the data | not recorded |" in card
     assert hashlib.sha256(card.encode()).hexdigest() in (tmp_path / "out" / SUMS).read_text()
     assert CheckpointFile.at(tmp_path / "out" / WEIGHTS).manifest().step == 7  # type: ignore[union-attr]
+
+
+def test_the_config_may_be_a_url(run: Path, tmp_path: Path) -> None:
+    """--config takes a URL, for a bundle and for a single file, and the copy has its bytes."""
+    fsspec.filesystem("memory").pipe_file(f"/configs/{LARGE}", (run / LARGE).read_bytes())
+    (run / LARGE).unlink()
+    bundle(run, tmp_path / "out", "--config", f"memory://configs/{LARGE}")
+    assert export(run, "--config", f"memory://configs/{LARGE}").exit_code == 0
+    assert (run / LARGE).read_bytes() == (tmp_path / "out" / LARGE).read_bytes()
+
+
+@pytest.mark.parametrize("preset", [TINY, SMALL, LARGE])
+def test_a_run_agrees_with_its_own_config(preset: str, recordings: Path, tmp_path: Path) -> None:
+    """What `seedvc-train` keeps of a config never contradicts that config: its built-in features alone are refused."""
+    (tmp_path / preset).write_text(yaml.safe_dump(small(preset)))
+    done = runs.train(
+        recordings, tmp_path, config=tmp_path / preset, max_steps=1, batch_size=1, features="builtin", sync_save=True
+    )
+    assert done.exit_code == 0, done.exception or done.output
+    refused = export(tmp_path / "run", "--bundle", tmp_path / "out")
+    assert isinstance(refused.exception, ExportError)
+    (reason,) = refused.exception.differences
+    assert "built-in features" in reason
+    judged = CliRunner().invoke(commands, ["check-deploy", str(tmp_path / "run" / WEIGHTS), str(tmp_path / preset)])
+    assert judged.exit_code == 1
+    assert "1 problem\n" in judged.stdout
