@@ -31,7 +31,7 @@ def demo() -> int:
     recordings, run = os.path.join(folder, "recordings"), os.path.join(folder, "my_run")
     clips = write_demo_corpus(recordings)
     _say(f"1. {len(clips)} recordings of two made-up voices are in {recordings}")
-    options = f"--dataset-dir {recordings} --log-dir {folder} --lr 1e-3"
+    options = f"--dataset-dir {recordings} --log-dir {folder} --features builtin --lr 1e-3"
     options += f" --max-steps {_MAX_STEPS} --save-every {_SAVE_EVERY}"
     command = [sys.executable, "-m", "seedvc_train", *shlex.split(options)]
     _say(f"2. seedvc-train {options}")
