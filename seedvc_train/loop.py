@@ -108,6 +108,7 @@ def train(
                         loss=loss,
                         running_loss=state.running_loss,
                         lr=lr,
+                        **state.precision.numbers,
                         seconds_per_step=round(seconds, 6),
                         seconds_stalled=round(waited, 6),
                     )

@@ -36,6 +36,11 @@ class Precision:
         return torch.autocast(self._device, PRECISIONS[self.name], enabled=self.name != "fp32")
 
     @property
+    def numbers(self) -> dict[str, float]:
+        """What is worth logging of it."""
+        return {"loss_scale": self.scaler.get_scale()} if self.scaler.is_enabled() else {}
+
+    @property
     def exhausted(self) -> bool:
         """Whether gradients that are not finite would not become so by scaling them less."""
         return not self.scaler.is_enabled() or self.scaler.get_scale() < _SMALLEST_SCALE

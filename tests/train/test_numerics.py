@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -180,17 +181,25 @@ def test_an_overflow_in_fp16_changes_only_the_loss_scale() -> None:
     assert not state.precision.exhausted
 
 
-def test_the_first_overflow_scales_down_from_the_top(recordings: Path, tmp_path: Path) -> None:
-    """A step that overflows counts as a step: steps, position and the log go on."""
-    runs.train(recordings, tmp_path, max_steps=3, save_every=1, keep_last=9, precision="fp16")
-    store = CheckpointStore(tmp_path / "run")
-    scales = [store.load(step)["seedvc_train"]["loss_scale"]["scale"] for step in (1, 2, 3)]
-    moved = [store.load(step)["optimizer"][0][1]["state"] for step in (1, 2, 3)]
-    assert len(scales) == 3
-    for scale, before, state in zip(scales, [2.0**16, *scales], moved, strict=False):
-        assert scale in (before, before / 2)
-        if scale == 2.0**16 / 2 ** (scales.index(scale) + 1):
-            assert not state  # nothing but overflows so far
+def test_overflows_count_as_steps(recordings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the loss scale is too large steps go on and nothing moves; a resume among them goes on to the bit."""
+    scaler = partial(torch.amp.GradScaler, init_scale=2.0**22)
+    monkeypatch.setattr(torch.amp, "GradScaler", scaler)
+    options = {"save_every": 1, "keep_last": 20, "precision": "fp16"}
+    runs.train(recordings, tmp_path / "whole", max_steps=12, **options)
+    store = CheckpointStore(tmp_path / "whole" / "run")
+    states = [store.load(step) for step in range(1, 13)]
+    scales = [state["seedvc_train"]["loss_scale"]["scale"] for state in states]
+    assert scales[:2] == [2.0**21, 2.0**20]
+    moments = [state["optimizer"][0][1]["state"] for state in states]
+    assert not moments[1]
+    assert moments[-1]
+    assert [state["seedvc_train"]["position"] for state in states[:3]] == [1, 2, 3]
+    assert states[1]["scheduler"][0][1]["last_epoch"] == 0
+    assert runs.metrics(tmp_path / "whole" / "run")[0]["loss_scale"] == scales[9]
+    runs.train(recordings, tmp_path / "two", max_steps=2, **options)
+    runs.train(recordings, tmp_path / "two", max_steps=12, **options)
+    assert runs.differences(tmp_path / "whole" / "run", tmp_path / "two" / "run") == []
 
 
 def test_gradients_that_are_never_finite_end_the_run() -> None:
