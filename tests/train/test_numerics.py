@@ -247,7 +247,7 @@ def test_accumulated_batches_are_one_step(recordings: Path, tmp_path: Path, monk
 
     def check(state: TrainingState) -> bool:
         averaged = torch.stack([gradient for _, gradient in seen]).mean(0)
-        assert torch.allclose(state.model["cfm"].estimator.cond_projection.weight.grad, averaged, atol=1e-7)
+        assert torch.allclose(state.model["cfm"].estimator.cond_projection.weight.grad, averaged, rtol=1e-3, atol=1e-5)
         taken.append([loss for loss, _ in seen])
         seen.clear()
         return apply(state)
