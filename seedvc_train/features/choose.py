@@ -174,7 +174,10 @@ def _find_content(name: str, kind: str, *, ask_hub: bool) -> None:
         if not is_repository(name):
             raise
         how = f"hf download {name} --local-dir DIR, or by hand from {_HUB}/{name}"
-        raise EncoderError(f"{error}\n  download it: {how}; then name its folder with --content-encoder DIR") from error
+        raise EncoderError(
+            f"there is no folder {name} here, and {error}\n  download it: {how}; then name its folder with "
+            "--content-encoder DIR"
+        ) from error
 
 
 def _content_encoder(name: str, tokenizer: SpeechTokenizer, device: torch.device | str) -> ContentEncoder:

@@ -7,6 +7,7 @@ import pickle
 import shutil
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -163,6 +164,7 @@ def test_what_is_missing_is_told_and_built_in_features_are_taken(hub: HubServer)
     assert "https://huggingface.co/funasr/campplus/resolve/main/campplus_cn_common.bin" in text
     assert "--campplus PATH" in text
     assert f"https://huggingface.co/{REPO}" in text
+    assert f"there is no folder {REPO} here" in text
     assert "--content-encoder DIR" in text
     assert "can't convert voices in Seed-VC's services" in text
     assert "--features builtin" in text
@@ -322,6 +324,21 @@ def test_copies_depend_on_their_generator_alone(front_end: SeedVCFrontEnd, wave:
     assert torch.equal(copy(wave, 44_100, generators(1)).shifted_contents[0], first)
     assert not torch.equal(front_end(wave, 44_100, generators(2)).shifted_contents[0], first)
     assert copy.identity == front_end.identity
+
+
+def test_several_threads_may_listen_at_once(front_end: SeedVCFrontEnd, recordings: Path) -> None:
+    """As a feature cache is filled: each clip's bits are those that it has alone."""
+    waves = [read_audio(str(path), 22_050)[:22_050] for path in sorted(recordings.rglob("*.wav"))[:4]]
+    alone = [front_end(wave, 22_050, generators(1)) for wave in waves]
+    with ThreadPoolExecutor(4) as threads:
+        together = list(threads.map(lambda wave: front_end(wave, 22_050, generators(1)), waves * 3))
+    for first, second in zip(alone * 3, together, strict=True):
+        assert torch.equal(first.content, second.content)
+        assert torch.equal(first.shifted_contents[0], second.shifted_contents[0])
+        assert torch.equal(first.style, second.style)
+        assert first.f0 is not None
+        assert second.f0 is not None
+        assert torch.equal(first.f0, second.f0)
 
 
 def test_the_identity_names_each_part(front_end: SeedVCFrontEnd, whisper: Path, campplus: Path) -> None:
