@@ -85,14 +85,12 @@ def wants_pinned_memory(device: torch.device) -> bool:
 
 
 def compile_model(model: nn.ModuleDict) -> None:
-    """Have the parts where the time goes compiled when they first run, in place: names in the state dict stay.
+    """Have the transformer compiled when it first runs, in place: names in the state dict stay.
 
-    These are the transformer and, where there is one, the WaveNet; what lies between them draws numbers and decides.
+    The WaveNet is left alone: torch 2.13's inductor compiles it anew for every length of mel, until torch gives it up.
     """
-    estimator = cast("FlowMatching", model["cfm"]).estimator
-    estimator.transformer.compile(backend=_COMPILER, dynamic=True)
-    if estimator.params.final_layer_type == "wavenet":
-        estimator.wavenet.compile(backend=_COMPILER, dynamic=True)
+    transformer = cast("FlowMatching", model["cfm"]).estimator.transformer
+    transformer.compile(backend=_COMPILER, dynamic=True)
 
 
 @contextmanager

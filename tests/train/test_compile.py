@@ -66,6 +66,21 @@ def test_a_compiled_model_computes_the_same(traced: list[int], name: str) -> Non
     assert counts[2] == counts[0], "each length is compiled anew"
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # of torch's, at its own import
+def test_the_true_compiler_compiles_once_for_all_lengths() -> None:
+    """What --compile hands to inductor is compiled for mels of any length at once."""
+    golden = torch.load(runs.DATA / "golden_wavenet_longskip.pth", weights_only=True)
+    model = build_model(golden["model_params"]).eval()
+    torch.compiler.reset()
+    device.compile_model(model)
+    given = golden["estimator_inputs"]
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for frames in (37, 30, 23):
+            mel, cond = given["x"][..., :frames], given["cond"][:, :frames]
+            lens = given["x_lens"].clamp(max=frames)
+            model["cfm"].loss(mel, lens, lens // 3, cond, given["style"]).backward()
+
+
 def test_a_compiled_run_saves_what_any_run_saves(recordings: Path, tmp_path: Path, traced: list[int]) -> None:
     """Checkpoints of --compile have the same tensors, and a run may change to and from it, which is said."""
     runs.train(recordings, tmp_path / "plain", max_steps=2)
