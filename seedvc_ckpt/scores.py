@@ -58,40 +58,43 @@ class Score(BaseModel):
 
 @dataclass(frozen=True)
 class Scores:
-    """The scores of the checkpoints that are there."""
+    """The scores of the checkpoints that are there.
+
+    Attributes:
+        lines: In the order in which they were added.
+        on: By metric, what its numbers have to be computed on to count.
+    """
 
     lines: Sequence[Score]
+    on: Mapping[str, str]
 
     @classmethod
-    def read(cls, storage: Storage, infos: Iterable[CheckpointInfo]) -> Scores:
+    def read(cls, storage: Storage, infos: Iterable[CheckpointInfo], on: Mapping[str, str]) -> Scores:
         """Those lines of the file that belong to one of `infos`; what is no such line is logged and left out.
+
+        Of each metric that `on` does not name, what counts is computed on the same as its newest score.
 
         Raises:
             StorageError: if it can't be read.
         """
         if storage.stat(NAME) is None:
-            return cls(())
+            return cls((), on)
         there = {(info.name, info.size) for info in infos}
-        lines = list(_parsed(read_file(storage, NAME), storage.location))
-        return cls([line for line in lines if (line.name, line.size) in there])
+        parsed = _parsed(read_file(storage, NAME), storage.location)
+        lines = [line for line in parsed if (line.name, line.size) in there]
+        newest = {metric: line.on.get(metric, "") for line in lines for metric in line.scores}
+        return cls(lines, {**newest, **on})
 
     def of(self, name: str, digest: str, recorded: Mapping[str, float]) -> dict[str, float]:
         """All that is known of a checkpoint: the metrics of its manifest, and its scores over them; later ones win.
 
-        Of each metric only what was computed on the same as its newest score is given, and of a manifest, which does
-        not tell, only what none of the scores tells either.
+        A manifest does not tell what its metrics were computed on, so that they count only where scores don't either.
         """
-        newest = self._newest()
-        found = {metric: value for metric, value in recorded.items() if not newest.get(metric)}
+        found = {metric: value for metric, value in recorded.items() if not self.on.get(metric)}
         for line in self.lines:
             if (line.name, line.digest) == (name, digest):
-                alike = {key: value for key, value in line.scores.items() if line.on.get(key, "") == newest[key]}
-                found.update(alike)
+                found.update({key: value for key, value in line.scores.items() if line.on.get(key, "") == self.on[key]})
         return found
-
-    def _newest(self) -> dict[str, str]:
-        """By metric, what its newest score was computed on."""
-        return {metric: line.on.get(metric, "") for line in self.lines for metric in line.scores}
 
 
 def directory_digest(archive: Archive) -> str:

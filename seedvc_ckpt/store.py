@@ -418,16 +418,19 @@ class CheckpointStore:
                 self._remove(made, seen, self._acquired())
         return made
 
-    def scores(self) -> dict[CheckpointInfo, dict[str, float]]:
+    def scores(self, *, on: Mapping[str, str] | None = None) -> dict[CheckpointInfo, dict[str, float]]:
         """The numbers known of each checkpoint, ascending: the metrics given to `save`, and scores over them.
 
         Each file is opened for what it says of itself; of one that can't be read for being damaged, or that is gone,
-        nothing is known. Of a metric that was computed on several data only the numbers on its newest are given.
+        nothing is known. Of a metric that was computed on several things only the numbers on its newest are given.
+
+        Args:
+            on: By metric, on what else the numbers must be computed.
 
         Raises:
             StorageError: if the run can't be read.
         """
-        known, found = _Metrics(self._storage, self._file, self.list(), {}), {}
+        known, found = _Metrics(self._storage, self._file, self.list(), {}, on or {}), {}
         for info in known:
             try:
                 found[info] = dict(known[info])
@@ -860,6 +863,7 @@ class _Metrics(Mapping[CheckpointInfo, Mapping[str, float]]):
         file: Opens a checkpoint of it.
         infos: Its checkpoints.
         coming: The metrics of a checkpoint that is not there yet.
+        on: By metric, on what they must be computed, if not on the same as the newest.
     """
 
     def __init__(
@@ -868,8 +872,10 @@ class _Metrics(Mapping[CheckpointInfo, Mapping[str, float]]):
         file: Callable[[CheckpointInfo], CheckpointFile],
         infos: Sequence[CheckpointInfo],
         coming: Mapping[CheckpointInfo, Mapping[str, float]],
+        on: Mapping[str, str] | None = None,
     ) -> None:
         self._storage = storage
+        self._on = on or {}
         self._file = file
         self._infos = infos
         self._coming = coming
@@ -903,7 +909,7 @@ class _Metrics(Mapping[CheckpointInfo, Mapping[str, float]]):
 
         if self._scores is None:
             try:
-                self._scores = Scores.read(self._storage, self._infos)
+                self._scores = Scores.read(self._storage, self._infos, self._on)
             except StorageError as error:
                 self._scores = error
         return self._scores

@@ -16,7 +16,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from seedvc_train.config_conflicts import config_conflicts, model_conflicts
 
-__all__ = ["Config", "ConfigError", "ModelParams", "load_config"]
+__all__ = ["Config", "ConfigError", "ModelParams", "load_config", "parse_config"]
 
 
 class ConfigError(ValueError):
@@ -177,7 +177,12 @@ def load_config(path: str | os.PathLike[str]) -> Config:
         ConfigError: if the file is missing, not YAML, or not a config of a network that we train.
     """
     name = os.fspath(path)
-    content = _read_yaml(name)
+    return parse_config(_read(name), name)
+
+
+def parse_config(data: bytes, name: str) -> Config:
+    """Check the contents of a YAML file, called `name` in what is said of it. Raises as `load_config` does."""
+    content = _parse_yaml(data, name)
     if content is None:
         raise ConfigError(f"{name}: the file is empty, expected a Seed-VC config in YAML")
     if not isinstance(content, Mapping):
@@ -186,17 +191,22 @@ def load_config(path: str | os.PathLike[str]) -> Config:
     return Config.parse(content, source=name)
 
 
-def _read_yaml(name: str) -> object:
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+def _read(name: str) -> bytes:
     try:
         with open(name, "rb") as file:
-            content: object = yaml.load(file, Loader=loader)  # noqa: S506 - either loader is a safe one
+            return file.read()
     except FileNotFoundError as error:
         raise ConfigError(f"{name}: no such config file") from error
     except IsADirectoryError as error:
         raise ConfigError(f"{name}: this is a folder, expected a YAML config file") from error
     except OSError as error:
         raise ConfigError(f"{name}: cannot be read: {error.strerror}") from error
+
+
+def _parse_yaml(data: bytes, name: str) -> object:
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    try:
+        content: object = yaml.load(data, Loader=loader)  # noqa: S506 - either loader is a safe one
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         # A date such as 2024-13-45 is a plain ValueError, deep nesting without libyaml a RecursionError.
         raise ConfigError(f"{name}: not valid YAML: {' '.join(str(error).split())}") from error

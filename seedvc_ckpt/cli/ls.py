@@ -55,7 +55,7 @@ def command(run: str, pattern: NamePattern, metrics: tuple[Best, ...], as_json_:
     columns(zip(*(column for _, column in table), strict=True), [title for title, _ in table], " ".join(right))
     total = readable_size(sum(info.size for info in infos))
     legend = "; P: pinned" * any(info.pinned for info in infos) + "; =: several of this step" * bool(shared)
-    legend += "; *: best" * any(info in known and known[info] for info in infos)
+    legend += "; *: best" * any(asked.metric in found for asked in metrics for found in known.values())
     click.echo(f"{len(infos)} checkpoint{'s' if len(infos) > 1 else ''}, {total}{legend}")
 
 

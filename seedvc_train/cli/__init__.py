@@ -7,12 +7,13 @@ import sys
 import click
 
 from seedvc_ckpt.errors import CheckpointError
-from seedvc_train.cli import report
+from seedvc_train.cli import evaluate, report
 from seedvc_train.cli.train import command
 from seedvc_train.config import ConfigError
 
 __all__ = ["command", "main"]
 
+command.add_command(evaluate.command)
 command.add_command(report.command)
 
 

@@ -8,14 +8,21 @@ import torch
 from torch import nn
 
 from seedvc_train.config import Config, ModelParams, load_config
-from seedvc_train.model.flow_matching import FlowMatching, draw_prompt_lens
+from seedvc_train.model.flow_matching import FlowMatching, draw_prompt_lens, evaluating
 from seedvc_train.model.length_regulator import LengthRegulator
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Mapping
 
-__all__ = ["FlowMatching", "LengthRegulator", "build_model", "draw_prompt_lens", "expected_tensors"]
+__all__ = [
+    "FlowMatching",
+    "LengthRegulator",
+    "build_model",
+    "draw_prompt_lens",
+    "evaluating",
+    "expected_tensors",
+]
 
 
 def build_model(model_params: ModelParams | Mapping[str, Any]) -> nn.ModuleDict:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from seedvc_train.config import ModelParams
 
-__all__ = ["FlowMatching", "draw_prompt_lens"]
+__all__ = ["FlowMatching", "draw_prompt_lens", "evaluating"]
 
 _SIGMA = 1e-6
 _NO_PROMPT_PROBABILITY = 0.1
@@ -123,7 +123,7 @@ class FlowMatching(nn.Module):
         prompt_x = F.pad(prompt, (0, frames - prompt_frames))
         x = torch.randn_like(prompt_x) if z is None else z.clone()
         x[..., :prompt_frames] = 0
-        with _evaluating(self):
+        with evaluating(self):
             for i in range(steps):
                 t = torch.full((len(x),), i / steps, device=x.device, dtype=x.dtype)
                 flow = self.estimator(x, prompt_x, x_lens, t, style, cond)
@@ -137,7 +137,8 @@ class FlowMatching(nn.Module):
 
 
 @contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """In evaluation mode while entered; then each part in the mode that it was in."""
     modes = [(child, child.training) for child in module.modules()]
     module.eval()
     try:

@@ -1,0 +1,192 @@
+"""``seedvc-train evaluate``."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from seedvc_ckpt import CheckpointInfo, CheckpointStore
+    from seedvc_train.config import Config
+    from seedvc_train.dataset import Corpus
+    from seedvc_train.evaluate import Evaluation, Scored
+
+__all__ = ["command"]
+
+_FRACTION = click.FloatRange(0, 1, min_open=True, max_open=True)
+
+
+@click.command(
+    "evaluate",
+    epilog="Example: seedvc-train evaluate runs/my_run --every --val-dir held_out",
+)
+@click.argument("run")
+@click.option("--every", is_flag=True, help="All checkpoints that are not scored on these clips yet.")
+@click.option("--step", type=click.IntRange(min=0), help="The checkpoint of this step.  [default: the latest]")
+@click.option("--val-dir", metavar="DIR", help="Recordings that the run was not trained on.")
+@click.option("--dataset-dir", metavar="DIR", help="The recordings of a run that held some of them out.")
+@click.option("--val-split", type=_FRACTION, metavar="FRACTION", help="How many of them.  [default: as in training]")
+@click.option("--config", metavar="YAML", help="Describes the model.  [default: the run's own copy]")
+@click.option("--euler-steps", type=click.IntRange(min=1), default=10, show_default=True, help="Of sampled mels.")
+@click.option("--pictures", type=click.IntRange(min=0), default=3, show_default=True, metavar="N",
+              help="Draw the mels of N clips for each checkpoint.")  # fmt: skip
+@click.option("--device", help="auto, cpu, cuda, cuda:N or mps.  [default: auto, a GPU where there is one]")
+@click.option("--json", "as_json_", is_flag=True, help="Print one JSON document and nothing else.")
+def command(run: str, as_json_: bool, **options: Any) -> int:  # noqa: FBT001
+    """Score checkpoints of a RUN on recordings that it was not trained on.
+
+    The validation loss and the distance of sampled mels go to the run's scores.jsonl, where seedvc-ckpt ls --metric
+    val_loss and seedvc-ckpt export --best val_loss find them; pictures of the mels to RUN/mels. The run may be training
+    meanwhile. A damaged checkpoint is told and left out, and the exit code is 1 then.
+    """
+    if (options["val_dir"] is None) == (options["dataset_dir"] is None):
+        raise click.UsageError("say what to score on: --val-dir, or --dataset-dir of a run with held-out clips")
+    if options["val_dir"] is not None and options["val_split"] is not None:
+        raise click.UsageError("--val-split is of --dataset-dir; all of --val-dir is scored on")
+    if options["every"] and options["step"] is not None:
+        raise click.UsageError("--every and --step name checkpoints each: give one of them")
+    from seedvc_ckpt.cli.target import run_at
+
+    with run_at(run) as store:
+        config = _config(store, options["config"])
+        infos = _infos(store, options)
+        if not infos:
+            raise click.UsageError(f"there is no checkpoint in {run}")
+        evaluation = _evaluation(store, config, _corpus(store, infos[-1], config, options), options)
+        if options["every"]:
+            infos = evaluation.unscored()
+        results = _scored(evaluation, infos)
+        if as_json_:
+            _print_json(evaluation, results)
+        else:
+            _print(evaluation, results, drawn=options["pictures"] > 0)
+    return 1 if any(result.problem for result in results) else 0
+
+
+def _infos(store: CheckpointStore, options: dict[str, Any]) -> list[CheckpointInfo]:
+    infos, step = store.list(), options["step"]
+    if options["every"] or not infos:
+        return infos
+    found = infos[-1:] if step is None else [info for info in infos if info.step == step]
+    if not found:
+        raise click.UsageError(f"no checkpoint of step {step} in {store.location}: seedvc-ckpt ls shows what is there")
+    return found
+
+
+def _config(store: CheckpointStore, given: str | None) -> Config:
+    from seedvc_ckpt.storage import read_file
+    from seedvc_train.config import load_config, parse_config
+
+    if given is not None:
+        return load_config(given)
+    names = sorted(entry.name for entry in store.storage.list() if entry.name.endswith((".yml", ".yaml")))
+    if len(names) != 1:
+        found = f"holds {len(names)} ({', '.join(names)})" if names else "holds no YAML"
+        raise click.UsageError(f"{store.location} {found}: say with --config which one describes the model")
+    return parse_config(read_file(store.storage, names[0]), f"{store.location}/{names[0]}")
+
+
+def _corpus(store: CheckpointStore, latest: CheckpointInfo, config: Config, options: dict[str, Any]) -> Corpus:
+    """The clips to score on."""
+    from seedvc_train.dataset import scan
+    from seedvc_train.validation import split
+
+    sr = config.preprocess_params.sr
+    if options["val_dir"] is not None:
+        return scan(options["val_dir"], sr)
+    fraction = options["val_split"]
+    if fraction is None:
+        manifest = store.file(latest).manifest()
+        fraction = manifest.settings.get("val_split") if manifest else None
+        if not isinstance(fraction, float):
+            raise click.UsageError(
+                f"{latest.name} does not tell that clips were held out of its training: say how many with --val-split, "
+                "or give other recordings with --val-dir"
+            )
+    return split(scan(options["dataset_dir"], sr), fraction)[1]
+
+
+def _evaluation(store: CheckpointStore, config: Config, corpus: Corpus, options: dict[str, Any]) -> Evaluation:
+    from tqdm import tqdm
+
+    from seedvc_train.audio import MelSpectrogram
+    from seedvc_train.cli.train import _device
+    from seedvc_train.evaluate import Evaluation
+    from seedvc_train.features.builtin import BuiltinFrontEnd
+    from seedvc_train.model import build_model
+    from seedvc_train.validation import hear
+
+    sound, params = config.preprocess_params, config.model_params
+    device = _device(options["device"], None)
+    mel = MelSpectrogram(sound.sr, **sound.spect_params.model_dump())
+    front_end = BuiltinFrontEnd(params.length_regulator.in_channels, params.style_encoder.dim)
+    with tqdm(total=len(corpus.clips), desc="listening", unit="clip", disable=None) as bar:
+        data = hear(corpus, mel, front_end, bar.update)
+    return Evaluation(
+        store,
+        build_model(params).to(device),
+        data,
+        options["euler_steps"],
+        options["pictures"],
+        sound.spect_params.hop_length / sound.sr,
+    )
+
+
+def _scored(evaluation: Evaluation, infos: list[CheckpointInfo]) -> list[Scored]:
+    from tqdm import tqdm
+
+    results = []
+    with tqdm(total=len(infos) * evaluation.work, unit="clip", disable=None) as bar:
+        for result in evaluation.score(infos, bar.update):
+            bar.set_description(f"step {result.info.step}")
+            results.append(result)
+    return results
+
+
+def _print(evaluation: Evaluation, results: list[Scored], *, drawn: bool) -> None:
+    from seedvc_ckpt.cli.output import columns
+    from seedvc_train.evaluate import METRICS
+
+    click.echo(f"on {evaluation.data.identity}")
+    if not results:
+        click.echo("all checkpoints are scored on these clips already")
+        return
+    scored = [found.scores for found in results if found.scores]
+    best = {metric: min((scores[metric] for scores in scored), default=None) for metric in METRICS}
+    rows = [
+        (
+            str(found.info.step),
+            *(_number(found.scores.get(metric), best[metric]) for metric in METRICS),
+            found.picture or ("NOT SCORED" if found.problem else ""),
+        )
+        for found in results
+    ]
+    columns(rows, ["step", *METRICS, ""], " ".join(["step", *METRICS]))
+    for found in results:
+        if found.problem:
+            click.echo(f"{click.style('not scored:', fg='red')} {found.problem}", err=True)
+    if drawn and find_spec("matplotlib") is None:
+        click.echo("no mels were drawn: run pip install 'seedvc-ckpt[report]'", err=True)
+
+
+def _number(value: float | None, best: float | None) -> str:
+    return "- " if value is None else f"{value:.4f}{'*' if value == best else ' '}"
+
+
+def _print_json(evaluation: Evaluation, results: list[Scored]) -> None:
+    from seedvc_ckpt.cli.output import as_json
+
+    found = [
+        {
+            "name": result.info.name,
+            "step": result.info.step,
+            "epoch": result.info.epoch,
+            "scores": result.scores,
+            "picture": result.picture or None,
+            "problem": result.problem or None,
+        }
+        for result in results
+    ]
+    as_json({"run": evaluation.store.location, "on": evaluation.on, "checkpoints": found})
