@@ -11,7 +11,19 @@ from typing import Literal
 from seedvc_ckpt.checkpoint import CheckpointInfo
 from seedvc_ckpt.errors import MissingMetricError
 
-__all__ = ["Metrics", "Mode", "Plan", "Rule", "keep_best", "keep_every", "keep_last", "keep_within", "plan", "ranked"]
+__all__ = [
+    "Metrics",
+    "Mode",
+    "Plan",
+    "Rule",
+    "keep_best",
+    "keep_best_of",
+    "keep_every",
+    "keep_last",
+    "keep_within",
+    "plan",
+    "ranked",
+]
 
 Metrics = Mapping[CheckpointInfo, Mapping[str, float]]
 """The metrics of each checkpoint; looked up only by rules that need them."""
@@ -128,6 +140,21 @@ def keep_best(metric: str, n: int = 1, mode: Mode = "min", *, scored_later: bool
         return {**dict.fromkeys(set(infos) - set(best), f"no {metric} yet"), **kept}
 
     return rule
+
+
+def keep_best_of(text: str, *, scored_later: bool = False) -> Rule:
+    """`keep_best` as it is written on a command line: ``loss``, ``loss:2``, ``score:max`` or ``score:2:max``.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    metric, *rest = text.split(":")
+    mode: Mode = "min"
+    if rest and rest[-1] in ("min", "max"):
+        mode = "max" if rest.pop() == "max" else "min"
+    if not metric or len(rest) > 1 or (rest and not rest[0].isdecimal()) or (rest and int(rest[0]) < 1):
+        raise ValueError(f"{text!r}: write loss, loss:2 or score:2:max")
+    return keep_best(metric, int(rest[0]) if rest else 1, mode, scored_later=scored_later)
 
 
 def ranked(infos: Sequence[CheckpointInfo], metric: str, mode: Mode, metrics: Metrics) -> list[CheckpointInfo]:

@@ -10,8 +10,8 @@ from statistics import fmean
 from torch import nn
 
 from seedvc_ckpt import CheckpointInfo, CheckpointNotFoundError, CheckpointStore, CorruptCheckpointError
-from seedvc_train.state import load_weights
 from seedvc_train.validation import Sampled, ValidationClip, ValidationSet
+from seedvc_train.weights import load_weights
 
 __all__ = ["METRICS", "Evaluation", "Scored"]
 

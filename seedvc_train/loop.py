@@ -21,6 +21,7 @@ from seedvc_train.progress import Progress
 from seedvc_train.saving import Saving
 from seedvc_train.settings import Settings
 from seedvc_train.state import TrainingState
+from seedvc_train.validation import ValidationSet
 
 __all__ = ["Limits", "TrainingError", "train", "training_loss"]
 
@@ -41,6 +42,7 @@ class Limits:
     save_every: int
     log_every: int
     accumulate: int = 1
+    val_every: int = 1
 
 
 def train(
@@ -50,6 +52,7 @@ def train(
     settings: Settings,
     limits: Limits,
     log: MetricsLog,
+    validation: ValidationSet | None = None,
 ) -> int:
     """Train until a limit is reached or a signal asks to stop, saving as it goes; return the exit code.
 
@@ -58,8 +61,9 @@ def train(
         batches: The batches of an epoch from a position on.
         saving: Where checkpoints go; finished on return.
         settings: Saved with each of them.
-        limits: When to stop, save and log.
+        limits: When to stop, save, log and validate.
         log: Where losses are written down.
+        validation: On what to validate between steps, which changes nothing in the training.
 
     Raises:
         TrainingError: if the loss or its gradients are not finite any more; nothing is saved then. (In fp16 a step
@@ -68,12 +72,13 @@ def train(
     """
     device = next(state.model.parameters()).device
     saved, stalled, since, logged = state.step, 0.0, time.monotonic(), state.step
+    scores: dict[str, float] = {}  # of the weights as they are
 
     def save() -> None:
         nonlocal saved
         metrics = {} if state.running_loss is None else {"loss": state.running_loss}
         log.publish()
-        saving.save(state.to_checkpoint(settings), state.step, state.epoch, metrics, settings.for_manifest())
+        saving.save(state.to_checkpoint(settings), state.step, state.epoch, metrics, settings.for_manifest(), scores)
         saved = state.step
 
     with (
@@ -98,7 +103,13 @@ def train(
                     raise TrainingError(_lost("the gradients are not finite", state.step, saved))
                 state.advance(loss, len(group))
                 progress.step(loss, saving.durable)
-                if state.step % limits.log_every == 0:
+                scores = {}
+                if validation and state.step % limits.val_every == 0 and not interruption.signal:
+                    began = time.monotonic()
+                    scores = {"val_loss": validation.loss(state.model)}
+                    progress.validated(state.step, scores["val_loss"])
+                    since += time.monotonic() - began  # which is no part of a step
+                if state.step % limits.log_every == 0 or scores:
                     waited, stalled = saving.seconds - stalled, saving.seconds
                     seconds = (time.monotonic() - since - waited) / (state.step - logged)
                     lr = state.optimizers["cfm"].param_groups[0]["lr"]
@@ -106,6 +117,7 @@ def train(
                         step=state.step,
                         epoch=state.epoch,
                         loss=loss,
+                        **scores,
                         running_loss=state.running_loss,
                         lr=lr,
                         **state.precision.numbers,

@@ -18,6 +18,7 @@ class Progress:
     def __init__(self, step: int, max_steps: int) -> None:
         self._saved = str(step or "-")
         self._loss = float("nan")
+        self._val_loss = ""
         self._first = step
         self._max_steps = max_steps
         self._began = time.monotonic()
@@ -47,7 +48,14 @@ class Progress:
         self._bar.update()
 
     def _postfix(self) -> str:
-        return f"loss {self._loss:.4f}, saved {self._saved}"
+        return f"loss {self._loss:.4f}{self._val_loss}, saved {self._saved}"
+
+    def validated(self, step: int, val_loss: float) -> None:
+        """The model was validated after a step."""
+        self._val_loss = f", val {val_loss:.4f}"
+        self._bar.set_postfix_str(self._postfix())
+        if not self._terminal:
+            click.echo(f"step {step}/{self._max_steps}  val_loss {val_loss:.4f}", err=True)
 
     def logged(self, step: int, loss: float) -> None:
         """A line of the log was written."""

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from seedvc_ckpt import CheckpointError, CheckpointNotFoundError, CheckpointStore
+from seedvc_ckpt import CheckpointError, CheckpointNotFoundError, CheckpointStore, scores
 from seedvc_ckpt.export import export_to
 from seedvc_ckpt.file import CheckpointFile
 from seedvc_ckpt.manifest import library_version
@@ -187,7 +187,7 @@ def _is_ours(store: CheckpointStore) -> bool:
 def _set_all_aside(store: CheckpointStore, say: Callable[[str], None]) -> None:
     infos = store.list()
     names: list[str] = [info.name for info in infos]
-    names += [metrics.NAME, events.NAME] if infos else []
+    names += [metrics.NAME, events.NAME, scores.NAME] if infos else []
     for name in names:
         try:
             store.set_aside(name, "the run was started anew with --resume never")

@@ -13,7 +13,7 @@ from seedvc_ckpt.checkpoint import CheckpointInfo
 from seedvc_ckpt.cli.output import as_json, columns, info_fields, json_option, readable_size
 from seedvc_ckpt.cli.target import pattern_option, run_at
 from seedvc_ckpt.naming import NamePattern
-from seedvc_ckpt.retention import Plan, Rule, keep_best, keep_every, keep_last, keep_within
+from seedvc_ckpt.retention import Plan, Rule, keep_best_of, keep_every, keep_last, keep_within
 
 __all__ = ["command"]
 
@@ -96,10 +96,7 @@ def _age(text: str) -> timedelta:
 
 
 def _best(text: str) -> Rule:
-    metric, *rest = text.split(":")
-    mode = "min"
-    if rest and rest[-1] in ("min", "max"):
-        mode = rest.pop()
-    if not metric or len(rest) > 1 or (rest and not rest[0].isdecimal()) or (rest and int(rest[0]) < 1):
-        raise click.BadParameter(f"{text!r}: write loss, loss:2 or score:2:max", param_hint="--keep-best")
-    return keep_best(metric, int(rest[0]) if rest else 1, "max" if mode == "max" else "min")
+    try:
+        return keep_best_of(text)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--keep-best") from None

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from seedvc_train.cli.options import device_option, encoder_options, fraction
+
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import torch
+
     from seedvc_ckpt import CheckpointInfo, CheckpointStore
     from seedvc_train.config import Config
     from seedvc_train.dataset import Corpus
     from seedvc_train.evaluate import Evaluation, Scored
+    from seedvc_train.features import FrontEnd
 
 __all__ = ["command"]
-
-_FRACTION = click.FloatRange(0, 1, min_open=True, max_open=True)
 
 
 @click.command(
@@ -27,12 +33,13 @@ _FRACTION = click.FloatRange(0, 1, min_open=True, max_open=True)
 @click.option("--step", type=click.IntRange(min=0), help="The checkpoint of this step.  [default: the latest]")
 @click.option("--val-dir", metavar="DIR", help="Recordings that the run was not trained on.")
 @click.option("--dataset-dir", metavar="DIR", help="The recordings of a run that held some of them out.")
-@click.option("--val-split", type=_FRACTION, metavar="FRACTION", help="How many of them.  [default: as in training]")
+@click.option("--val-split", type=fraction, metavar="FRACTION", help="How many of them.  [default: as in training]")
 @click.option("--config", metavar="YAML", help="Describes the model.  [default: the run's own copy]")
 @click.option("--euler-steps", type=click.IntRange(min=1), default=10, show_default=True, help="Of sampled mels.")
 @click.option("--pictures", type=click.IntRange(min=0), default=3, show_default=True, metavar="N",
               help="Draw the mels of N clips for each checkpoint.")  # fmt: skip
-@click.option("--device", help="auto, cpu, cuda, cuda:N or mps.  [default: auto, a GPU where there is one]")
+@encoder_options
+@device_option
 @click.option("--json", "as_json_", is_flag=True, help="Print one JSON document and nothing else.")
 def command(run: str, as_json_: bool, **options: Any) -> int:  # noqa: FBT001
     """Score checkpoints of a RUN on recordings that it was not trained on.
@@ -54,7 +61,9 @@ def command(run: str, as_json_: bool, **options: Any) -> int:  # noqa: FBT001
         infos = _infos(store, options)
         if not infos:
             raise click.UsageError(f"there is no checkpoint in {run}")
-        evaluation = _evaluation(store, config, _corpus(store, infos[-1], config, options), options)
+        made_with = _settings(store)
+        corpus = _corpus(config, options, made_with.get("val_split"))
+        evaluation = _evaluation(store, config, corpus, options, made_with.get("features"))
         if options["every"]:
             infos = evaluation.unscored()
         results = _scored(evaluation, infos)
@@ -88,50 +97,83 @@ def _config(store: CheckpointStore, given: str | None) -> Config:
     return parse_config(read_file(store.storage, names[0]), f"{store.location}/{names[0]}")
 
 
-def _corpus(store: CheckpointStore, latest: CheckpointInfo, config: Config, options: dict[str, Any]) -> Corpus:
-    """The clips to score on."""
+def _settings(store: CheckpointStore) -> Mapping[str, Any]:
+    """What the newest checkpoint that can be asked says that it was made with."""
+    from seedvc_ckpt import CorruptCheckpointError
+
+    for info in reversed(store.list()):
+        try:
+            manifest = store.file(info).manifest()
+        except CorruptCheckpointError:
+            continue  # told when it is to be scored
+        return manifest.settings if manifest else {}
+    return {}
+
+
+def _corpus(config: Config, options: dict[str, Any], trained: Any) -> Corpus:
+    """The clips to score on; `trained` is the split that the run was trained with."""
     from seedvc_train.dataset import scan
     from seedvc_train.validation import split
 
     sr = config.preprocess_params.sr
     if options["val_dir"] is not None:
         return scan(options["val_dir"], sr)
-    fraction = options["val_split"]
-    if fraction is None:
-        manifest = store.file(latest).manifest()
-        fraction = manifest.settings.get("val_split") if manifest else None
-        if not isinstance(fraction, float):
-            raise click.UsageError(
-                f"{latest.name} does not tell that clips were held out of its training: say how many with --val-split, "
-                "or give other recordings with --val-dir"
-            )
-    return split(scan(options["dataset_dir"], sr), fraction)[1]
+    part = options["val_split"] or trained
+    if not isinstance(part, float):
+        raise click.UsageError(
+            "the run does not tell that clips were held out of its training: say how many with --val-split, or give "
+            "other recordings with --val-dir"
+        )
+    return split(scan(options["dataset_dir"], sr), part)[1]
 
 
-def _evaluation(store: CheckpointStore, config: Config, corpus: Corpus, options: dict[str, Any]) -> Evaluation:
+def _evaluation(
+    store: CheckpointStore, config: Config, corpus: Corpus, options: dict[str, Any], trained: Any
+) -> Evaluation:
     from tqdm import tqdm
 
     from seedvc_train.audio import MelSpectrogram
-    from seedvc_train.cli.train import _device
+    from seedvc_train.device import DeviceError, find_device, prepare_device
     from seedvc_train.evaluate import Evaluation
-    from seedvc_train.features.builtin import BuiltinFrontEnd
     from seedvc_train.model import build_model
     from seedvc_train.validation import hear
 
-    sound, params = config.preprocess_params, config.model_params
-    device = _device(options["device"], None)
+    try:
+        device = find_device(options["device"], None)
+        prepare_device(device, tf32=False)
+    except DeviceError as error:
+        raise click.UsageError(str(error)) from None
+    sound = config.preprocess_params
+    beside = os.path.dirname(options["config"]) if options["config"] else store.location
+    front_end = _front_end(config, beside, options, device, trained)
     mel = MelSpectrogram(sound.sr, **sound.spect_params.model_dump())
-    front_end = BuiltinFrontEnd(params.length_regulator.in_channels, params.style_encoder.dim)
     with tqdm(total=len(corpus.clips), desc="listening", unit="clip", disable=None) as bar:
         data = hear(corpus, mel, front_end, bar.update)
     return Evaluation(
         store,
-        build_model(params).to(device),
+        build_model(config.model_params).to(device),
         data,
         options["euler_steps"],
         options["pictures"],
         sound.spect_params.hop_length / sound.sr,
     )
+
+
+def _front_end(config: Config, beside: str, options: dict[str, Any], device: torch.device, trained: Any) -> FrontEnd:
+    """What the run was trained to listen with: `trained`, where it tells."""
+    from seedvc_train.features.builtin import BuiltinFrontEnd
+    from seedvc_train.features.choose import EncoderOptions, choose_front_end
+
+    named = EncoderOptions("seedvc", options["content_encoder"], options["campplus"], options["rmvpe"])
+    chosen = EncoderOptions("builtin") if trained == "builtin" and not named.named else named
+    front_end = choose_front_end(config, beside, chosen, device, click.echo)
+    heard = "builtin" if isinstance(front_end, BuiltinFrontEnd) else front_end.identity
+    if trained not in (None, heard):
+        raise click.UsageError(
+            f"the run was trained on features of\n  {trained}\nand would be scored on those of\n  {heard}\nName the "
+            "encoders that it was trained with: --content-encoder, --campplus, --rmvpe"
+        )
+    return front_end
 
 
 def _scored(evaluation: Evaluation, infos: list[CheckpointInfo]) -> list[Scored]:

@@ -5,11 +5,16 @@ from __future__ import annotations
 import os
 from contextlib import ExitStack
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from seedvc_train.cli.options import device_option, encoder_options, fraction
 from seedvc_train.config import load_config
+
+if TYPE_CHECKING:
+    from seedvc_ckpt.retention import Rule
+    from seedvc_train.dataset import Corpus
 
 __all__ = ["command"]
 
@@ -51,7 +56,7 @@ def _run_name(_ctx: click.Context, _parameter: click.Parameter, value: str) -> s
 @click.option("--save-every", type=click.IntRange(min=1), default=500, show_default=True, help="Steps between saves.")
 @click.option("--num-workers", type=click.IntRange(min=0), default=0, show_default=True, help="Loader processes.")
 @click.option("--gpu", type=click.IntRange(min=0), help="Number of the GPU, as --device cuda:N.")
-@click.option("--device", help="auto, cpu, cuda, cuda:N or mps.  [default: auto, a GPU where there is one]")
+@device_option
 @click.option("--precision", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32", show_default=True,
               help="Of the forward pass; weights, loss and averages stay fp32.")  # fmt: skip
 @click.option("--tf32", is_flag=True, help="On CUDA, multiply fp32 faster and with 10 bits of mantissa.")
@@ -65,6 +70,13 @@ def _run_name(_ctx: click.Context, _parameter: click.Parameter, value: str) -> s
     "--keep-last", type=click.IntRange(min=1), default=2, show_default=True, help="Newest checkpoints to keep."
 )
 @click.option("--keep-every", type=click.IntRange(min=1), metavar="STEPS", help="Keep multiples of this for good.")
+@click.option("--keep-best", metavar="METRIC[:N[:max]]", help="Keep the N with the smallest (largest) METRIC, such as "
+              "val_loss:3, and what is not scored by it yet.")  # fmt: skip
+@click.option("--val-dir", metavar="DIR", help="Recordings to validate on, which are not trained on.")
+@click.option("--val-split", type=fraction, metavar="FRACTION",
+              help="Train on all but so many of the recordings, and validate on these.")  # fmt: skip
+@click.option("--val-every", type=click.IntRange(min=1), metavar="STEPS",
+              help="Steps between validations.  [default: as --save-every]")  # fmt: skip
 @click.option("--sync-save", is_flag=True, help="Wait for each save, instead of writing it while training goes on.")
 @click.option("--resume", default="auto", show_default=True, callback=_resume, metavar="auto|never|STEP",
               help="Go on from the newest intact checkpoint, start anew, or go back to a step.")  # fmt: skip
@@ -72,12 +84,7 @@ def _run_name(_ctx: click.Context, _parameter: click.Parameter, value: str) -> s
 @click.option("--features", type=click.Choice(["auto", "seedvc", "builtin"]), default="auto", show_default=True,
               help="Listen with the encoders of the YAML, as Seed-VC does, or without weights; auto: with those "
               "of the YAML if they are here or on Hugging Face's hub.")  # fmt: skip
-@click.option("--content-encoder", metavar="DIR|NAME", help="A Whisper or XLS-R model in place of the YAML's, on this "
-              "machine or on the hub.")  # fmt: skip
-@click.option("--campplus", metavar="FILE", help="The speaker encoder's weights, campplus_cn_common.bin.  "
-              "[default: the YAML's campplus_path, then the hub's]")  # fmt: skip
-@click.option("--rmvpe", metavar="FILE", help="Estimate pitch as Seed-VC does, by its rmvpe.onnx.  "
-              "[default: by SwiftF0]")  # fmt: skip
+@encoder_options
 @click.option("--tensorboard", is_flag=True, help="Write the logs for TensorBoard too, to RUN/tensorboard.")
 @click.option("--demo", is_flag=True, help="Show it all once: train on made-up speech, be killed, resume, export.")
 @click.pass_context
@@ -100,13 +107,17 @@ def command(context: click.Context, /, **options: Any) -> int:
         return demo()
     if not options["dataset_dir"]:
         raise click.UsageError("say where the recordings are with --dataset-dir, or try --demo")
+    if options["val_dir"] and options["val_split"]:
+        raise click.UsageError("--val-dir and --val-split name recordings to validate on each: give one of them")
+    if options["val_every"] and not (options["val_dir"] or options["val_split"]):
+        raise click.UsageError("--val-every validates on nothing: say on what with --val-dir or --val-split")
     return _train(options)
 
 
 def _train(options: dict[str, Any]) -> int:
     config = load_config(options["config"])
     folder = _below(options["log_dir"] or config.log_dir, options["run_name"])
-    from seedvc_ckpt import CheckpointStore, keep_every, keep_last
+    from seedvc_ckpt import CheckpointStore
     from seedvc_train import run
     from seedvc_train.audio import MelSpectrogram
     from seedvc_train.data import TrainingData
@@ -132,6 +143,7 @@ def _train(options: dict[str, Any]) -> int:
     from seedvc_train.saving import Saving
     from seedvc_train.settings import Settings
     from seedvc_train.state import TrainingState
+    from seedvc_train.validation import hear
 
     if options["tensorboard"]:
         from seedvc_train.tensorboard import TensorBoard
@@ -143,9 +155,8 @@ def _train(options: dict[str, Any]) -> int:
     except DeviceError as error:
         raise click.UsageError(str(error)) from None
     corpus = scan(options["dataset_dir"], sound.sr)
-    _say(f"{len(corpus.clips)} clips, {corpus.seconds / 60:.1f} minutes")
-    for skipped in corpus.skipped:
-        _say(f"  skipped {skipped.path}: {skipped.reason}")
+    _tell(corpus, "clips")
+    corpus, held_out = _held_out(corpus, options)
     mel = MelSpectrogram(sound.sr, **sound.spect_params.model_dump())
     encoders = EncoderOptions(*(options[key] for key in ("features", "content_encoder", "campplus", "rmvpe")))
     beside = os.path.dirname(options["config"])
@@ -153,10 +164,11 @@ def _train(options: dict[str, Any]) -> int:
     front_end = choose_front_end(config, beside, encoders, listening_on, _say)
     features = "builtin" if isinstance(front_end, BuiltinFrontEnd) else front_end.identity
     batch_size = options["batch_size"] or config.batch_size
-    chosen = {name: options[name] for name in ("seed", "precision", "tf32", "accumulate", "ema")}
+    chosen = {name: options[name] for name in ("seed", "precision", "tf32", "accumulate", "ema", "val_split")}
     settings = Settings.of(config, corpus, batch_size=batch_size, features=features, **chosen)
     pinned = wants_pinned_memory(device)
     data = TrainingData(corpus, mel, front_end, batch_size, seed, options["num_workers"], pinned)
+    validation = hear(held_out, mel, front_end) if held_out is not None else None
 
     seed_all(seed)
     model = build_model(config.model_params).to(device)
@@ -169,10 +181,7 @@ def _train(options: dict[str, Any]) -> int:
         ema_decay=options["ema"],
         compiled=options["compile"],
     )
-    rules = [keep_last(options["keep_last"])]
-    if options["keep_every"]:
-        rules.append(keep_every(options["keep_every"]))
-    with CheckpointStore(folder, retention=rules) as store, ExitStack() as stack, EventLog(store) as events:
+    with CheckpointStore(folder, retention=_rules(options)) as store, ExitStack() as stack, EventLog(store) as events:
         store.acquire()  # a second trainer must not find out after its first hour
         resumed = run.begin(
             state,
@@ -192,8 +201,10 @@ def _train(options: dict[str, Any]) -> int:
             options["save_every"],
             config.log_interval,
             options["accumulate"],
+            options["val_every"] or options["save_every"],
         )
-        saving = Saving(store, state.changed_by, events, in_background=not options["sync_save"])
+        scored_on = validation.identity if validation else ""
+        saving = Saving(store, state.changed_by, events, scored_on, in_background=not options["sync_save"])
         log = MetricsLog(store, state.step)
         if options["tensorboard"]:
             board = stack.enter_context(TensorBoard(os.path.join(folder_here(store), "tensorboard"), state.step))
@@ -202,7 +213,7 @@ def _train(options: dict[str, Any]) -> int:
             _say(f"for TensorBoard: {board.folder}")
         run.note_start(events, state.step, resumed, log.reached, options)
         with compiler_errors():
-            code = train(state, data.batches, saving, settings, limits, log)
+            code = train(state, data.batches, saving, settings, limits, log, validation)
         run.note_end(events, state.step, code)
         if code:
             _say(f"stopped at step {state.step}, saved; start the same command again to go on")
@@ -212,6 +223,45 @@ def _train(options: dict[str, Any]) -> int:
             target = run.publish_weights(store, _say, "ema")
             _say(f"done at step {state.step}: {target}, which holds the averaged weights")
     return code
+
+
+def _tell(corpus: Corpus, what: str) -> None:
+    _say(f"{len(corpus.clips)} {what}, {corpus.seconds / 60:.1f} minutes")
+    for skipped in corpus.skipped:
+        _say(f"  skipped {skipped.path}: {skipped.reason}")
+
+
+def _held_out(corpus: Corpus, options: dict[str, Any]) -> tuple[Corpus, Corpus | None]:
+    """The clips to train on, and those to validate on."""
+    from seedvc_train.dataset import scan
+    from seedvc_train.validation import split
+
+    if options["val_split"]:
+        corpus, held_out = split(corpus, options["val_split"])
+        _say(f"{len(held_out.clips)} of them are held out for validation")
+        return corpus, held_out
+    if not options["val_dir"]:
+        return corpus, None
+    held_out = scan(options["val_dir"], corpus.sr)
+    _tell(held_out, "clips for validation")
+    both = {clip.digest for clip in corpus.clips} & {clip.digest for clip in held_out.clips}
+    if both:
+        _say(f"  {len(both)} of them are trained on too, so that val_loss will look better than it is")
+    return corpus, held_out
+
+
+def _rules(options: dict[str, Any]) -> list[Rule]:
+    from seedvc_ckpt.retention import keep_best_of, keep_every, keep_last
+
+    rules = [keep_last(options["keep_last"])]
+    if options["keep_every"]:
+        rules.append(keep_every(options["keep_every"]))
+    if options["keep_best"]:
+        try:
+            rules.append(keep_best_of(options["keep_best"], scored_later=True))
+        except ValueError as error:
+            raise click.BadParameter(str(error), param_hint="--keep-best") from None
+    return rules
 
 
 def _below(log_dir: str, name: str) -> str:

@@ -79,7 +79,7 @@ def test_the_store_takes_the_documented_arguments():
         "resume": ["map_location", "mmap"],
         "inspect": ["which"],
         "prune": ["dry_run"],
-        "scores": [],
+        "scores": ["on"],
         "add_scores": ["which", "scores", "on"],
         "best": ["metric", "mode"],
         "rewind": ["step", "dry_run"],
