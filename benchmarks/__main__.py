@@ -10,6 +10,7 @@ import sys
 import tempfile
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,12 @@ from seedvc_ckpt.threads import available_cores
 OUTPUT = Path(__file__).parent.parent / "docs" / "benchmarks"
 SIZES = (25, 50, 100, 200, 400)
 NAMES = (10, 100, 1_000, 10_000, 100_000)
-PARTS = ("saving", "reading", "sizes", "names", "training", "remote")
+PARTS = ("saving", "reading", "sizes", "names", "training", "features", "remote")
 PACKAGES = (
     "seedvc-ckpt",
     "torch",
     "safetensors",
+    "transformers",
     "lightning",
     "torchsnapshot",
     "s3fs",
@@ -51,7 +53,8 @@ def main(runs: int, folder: str | None, only: tuple[str, ...], draw_only: bool) 
         with tempfile.TemporaryDirectory(dir=folder or ".") as place:
             for what in only or PARTS:
                 found[what] = {"saving": saving, "reading": reading, "sizes": sizes, "names": names,
-                               "training": training, "remote": remote}[what](place, runs)  # fmt: skip
+                               "training": training, "features": features,
+                               "remote": remote}[what](place, runs)  # fmt: skip
                 found["machine"] = machine()
                 results.write_text(json.dumps(found, indent=1) + "\n")
     from benchmarks.report import page, write_charts
@@ -127,6 +130,15 @@ def training(place: str, runs: int) -> dict[str, Any]:
     """A run with frequent saves."""
     del runs
     return _run("benchmarks.scaling", "training", place, str(STEPS)) or {}
+
+
+def features(place: str, runs: int) -> dict[str, Any]:
+    """Steps with frozen encoders in them, and from their features kept."""
+    del runs
+    if find_spec("transformers") is None:
+        click.echo("features: transformers is not installed", err=True)
+        return {}
+    return _run("benchmarks.features", str(Path(place, "features"))) or {}
 
 
 def remote(place: str, runs: int) -> dict[str, Any]:

@@ -85,6 +85,7 @@ def page(found: Results, folder: Path) -> str:
         _goals(found),
         _sizes(found),
         _training(found),
+        _features(found),
         _names(found),
         _remote(found),
         (folder / "notes.md").read_text().strip() if (folder / "notes.md").exists() else "",
@@ -154,6 +155,31 @@ def _training(found: Results) -> str:
         what = f"{_LABELS[name]}, every {every}" if every else key
         rows.append([what, f"{seconds:.1f}", f"{seconds / alone:.2f}"])
     return "## Saves in a run\n\n120 steps of a 6 M parameter model.\n\n" + _table(["", "seconds", "÷ no saves"], rows)
+
+
+def _features(found: Results) -> str:
+    features = found.get("features")
+    if not features:
+        return ""
+    rows = [
+        [
+            "encoder in every step" if name == "off" else "features from the cache",
+            str(workers),
+            f"{features[f'{name} {workers}']:.3f}",
+            f"{features[f'{name} {workers}'] / features[f'cache {workers}']:.1f}",
+        ]
+        for name in ("off", "cache")
+        for workers in (0, 2)
+    ]
+    words = (
+        "A step of the `xlsr_tiny` DiT on two clips, on the processor alone, with content from an encoder of Whisper "
+        f"base's shape with random weights; {features['clips']:.0f} clips of {features['seconds']:.0f} s in all. In "
+        "every step the encoder hears each clip and one disguised copy. Filling the cache, with four copies of each, "
+        f"took {features['computing a clip']:.1f} s a clip, once; it holds {features['bytes a second'] / 1e6:.2f} MB "
+        "for a second of recording."
+    )
+    head = ["", "loader processes", "seconds a step", "÷ from the cache"]
+    return f"## Features once\n\n{words}\n\n" + _table(head, rows)
 
 
 def _names(found: Results) -> str:

@@ -16,7 +16,7 @@ from seedvc_train.model import build_model
 from seedvc_train.settings import Settings
 from seedvc_train.state import TrainingState
 
-__all__ = ["PRESETS", "checkpoint_of", "preset", "random_batch", "stacked"]
+__all__ = ["PRESETS", "checkpoint_of", "preset", "preset_config", "random_batch", "stacked"]
 
 _FILE = Path(__file__).parent.parent / "tests" / "data" / "presets.json"
 PRESETS = {
@@ -31,11 +31,16 @@ def preset(name: str, *, moments: bool = True) -> TrainingState:
 
     ``whisper_small_wavenet`` has 103 million parameters.
     """
-    config = Config.model_validate(json.loads(_FILE.read_text())[PRESETS[name]])
+    config = preset_config(name)
     state = TrainingState.fresh(build_model(config.model_params), 1e-5)
     if moments:
         _make_moments(state.optimizers.values())
     return state
+
+
+def preset_config(name: str) -> Config:
+    """The config of a preset."""
+    return Config.model_validate(json.loads(_FILE.read_text())[PRESETS[name]])
 
 
 def _make_moments(optimizers: Iterable[torch.optim.Optimizer]) -> None:

@@ -186,6 +186,9 @@ class MelSpectrogram(nn.Module):
         fmin: lowest frequency in Hz.
         fmax: highest frequency in Hz; None means sr / 2.
 
+    Attributes:
+        settings: what it was made with, by name; two of equal settings compute the same.
+
     Raises:
         ValueError: the frequencies are not 0 <= fmin < fmax <= sr / 2.
     """
@@ -208,6 +211,15 @@ class MelSpectrogram(nn.Module):
         if not 0 <= fmin < top <= sr / 2:
             raise ValueError(f"mel bins from {fmin} to {top} Hz do not fit into 0 to {sr / 2} Hz (sr {sr})")
         self.sr, self.n_fft, self.hop_length, self.n_mels = sr, n_fft, hop_length, n_mels
+        self.settings = {
+            "sr": sr,
+            "n_fft": n_fft,
+            "win_length": win_length,
+            "hop_length": hop_length,
+            "n_mels": n_mels,
+            "fmin": float(fmin),
+            "fmax": float(top),
+        }
         self.register_buffer("window", torch.hann_window(win_length, periodic=True), persistent=False)
         filters = triangular_filters(slaney_edges(n_mels, fmin, top), sr, n_fft)
         self.register_buffer("filters", filters, persistent=False)

@@ -255,8 +255,7 @@ class ClipDataset(Dataset[Item]):
     """
 
     def __init__(self, corpus: Corpus, mel: MelSpectrogram, front_end: FrontEnd, seed: int, epoch: int) -> None:
-        if mel.sr != corpus.sr:
-            raise ValueError(f"the mel spectrogram expects {mel.sr} Hz but the corpus is read at {corpus.sr} Hz")
+        check_rate(corpus, mel)
         self.corpus, self.mel, self.front_end = corpus, mel, front_end
         self.seed, self.epoch = seed, epoch
 
@@ -271,14 +270,27 @@ class ClipDataset(Dataset[Item]):
         """
         wave = self.corpus.read(index)
         generator = torch.Generator().manual_seed(mixed_seed(self.seed, self.epoch, index))
-        with torch.no_grad(), _one_thread():
+        with torch.no_grad(), one_thread():
             heard = self.front_end(wave, self.corpus.sr, [generator])
             return Item(self.mel(wave), heard.content, heard.shifted_contents[0], heard.style, heard.f0)
 
 
+def check_rate(corpus: Corpus, mel: MelSpectrogram) -> None:
+    """See that waves and mel filters are of one sample rate.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if mel.sr != corpus.sr:
+        raise ValueError(f"the mel spectrogram expects {mel.sr} Hz but the corpus is read at {corpus.sr} Hz")
+
+
 @contextmanager
-def _one_thread() -> Iterator[None]:
-    # a product of matrices can differ in its last bit with the number of threads, and loader processes have only one
+def one_thread() -> Iterator[None]:
+    """Let torch compute with one thread, in this thread and in those that are started meanwhile.
+
+    A product of matrices can differ in its last bit with the number of threads, and loader processes have only one.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -339,7 +351,7 @@ def _stack(tensors: Sequence[torch.Tensor], dim: int = 0, value: float = 0.0) ->
 
 
 def loader(
-    dataset: ClipDataset, batches: EpochBatches, num_workers: int = 0, *, pin_memory: bool = False
+    dataset: Dataset[Item], batches: EpochBatches, num_workers: int = 0, *, pin_memory: bool = False
 ) -> DataLoader[Item]:
     """Batches of one epoch, the same for any number of workers; no global random state is read or changed.
 

@@ -9,7 +9,9 @@ from types import TracebackType
 import click
 from tqdm import tqdm
 
-__all__ = ["Progress"]
+__all__ = ["ClipProgress", "Progress"]
+
+_SILENCE = 30.0  # seconds
 
 
 class Progress:
@@ -64,3 +66,34 @@ class Progress:
             click.echo(
                 f"step {step}/{self._max_steps}  loss {loss:.4f}  {rate:.2f} steps/s  saved {self._saved}", err=True
             )
+
+
+class ClipProgress:
+    """What a person sees who waits for clips: a bar on a terminal, a line now and then where standard error is a file.
+
+    Args:
+        what: is done to the clips.
+        total: how many they are.
+    """
+
+    def __init__(self, what: str, total: int) -> None:
+        self._what, self._total, self._done = what, total, 0
+        self._terminal = sys.stderr.isatty()
+        self._told = time.monotonic()
+        self._bar = tqdm(desc=what, total=total, unit="clip", dynamic_ncols=True, disable=not self._terminal)
+
+    def __enter__(self) -> ClipProgress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.close()
+
+    def step(self) -> None:
+        """A clip is done."""
+        self._done += 1
+        self._bar.update()
+        if not self._terminal and time.monotonic() - self._told >= _SILENCE:
+            click.echo(f"{self._what}: {self._done}/{self._total} clips", err=True)
+            self._told = time.monotonic()

@@ -13,6 +13,7 @@ from typing import Any
 
 from seedvc_ckpt import CheckpointError, CheckpointStore
 from seedvc_ckpt.storage import Storage, open_storage, read_file
+from seedvc_train.places import cache_folder
 
 __all__ = ["Copy", "Place", "RunLog", "folder_here", "parsed", "working_folder"]
 
@@ -113,9 +114,7 @@ def folder_here(store: CheckpointStore) -> str:
 
 def working_folder(storage: Storage) -> str:
     """Where this machine keeps what belongs to a run on a server."""
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    digest = hashlib.sha256(storage.location.encode()).hexdigest()[:16]
-    return os.path.join(cache, "seedvc-train", digest)
+    return os.path.join(cache_folder(), hashlib.sha256(storage.location.encode()).hexdigest()[:16])
 
 
 def parsed(line: bytes) -> dict[str, Any]:

@@ -51,6 +51,19 @@ def test_requests_are_counted(weed: Any) -> None:
     assert 100_000 < found["latest bytes"] < 1_000_000
 
 
+def test_features_have_rows_of_their_own(tmp_path: Path) -> None:
+    """What `benchmarks.features` measures becomes a table: each way with its ratio to the cache's."""
+    from benchmarks.report import page
+
+    measured = {"off 0": 4.0, "off 2": 3.0, "cache 0": 0.5, "cache 2": 0.25}
+    others = {"computing a clip": 2.5, "bytes a second": 520_000.0, "clips": 12, "seconds": 40.0}
+    text = page({"machine": json.loads(RESULTS.read_text())["machine"], "features": {**measured, **others}}, tmp_path)
+    for row in ("every step | 0 | 4.000 | 8.0", "every step | 2 | 3.000 | 12.0", "cache | 2 | 0.250 | 1.0"):
+        assert f"{row} |" in text
+    assert "2.5 s a clip" in text
+    assert "0.52 MB" in text
+
+
 def _measured(*arguments: str) -> dict[str, float]:
     command = [sys.executable, "-m", "benchmarks.remote", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -13,13 +13,20 @@ from seedvc_train.cli.options import device_option, encoder_options, fraction
 from seedvc_train.config import load_config
 
 if TYPE_CHECKING:
+    import torch
+
     from seedvc_ckpt.retention import Rule
+    from seedvc_train.audio import MelSpectrogram
     from seedvc_train.dataset import Corpus
+    from seedvc_train.feature_cache import FeatureCache
+    from seedvc_train.features import FrontEnd
 
 __all__ = ["command"]
 
 _PRESET = os.path.join(os.path.dirname(os.path.dirname(__file__)), "presets", "config_dit_mel_demo_tiny.yml")
 _NEEDED = ("numpy", "soundfile", "soxr", "tqdm")
+_SHIFTS = 4  # fewer, and the network may learn the disguises; each costs as much time and room as the clip itself
+_MOST_LISTENERS = 8  # clips that are heard at once; each takes up to 1 GB
 
 
 def _resume(_ctx: click.Context, _parameter: click.Parameter, value: str) -> str:
@@ -31,6 +38,12 @@ def _resume(_ctx: click.Context, _parameter: click.Parameter, value: str) -> str
 def _run_name(_ctx: click.Context, _parameter: click.Parameter, value: str) -> str:
     if not value or value in (".", "..") or "/" in value or "\0" in value or os.sep in value:
         raise click.BadParameter(f"{value!r} is not the name of one folder; use --log-dir for where it lies")
+    return value
+
+
+def _cache(_ctx: click.Context, _parameter: click.Parameter, value: str | None) -> str | None:
+    if value is not None and (not value or "://" in value or "\0" in value):
+        raise click.BadParameter(f"{value!r} is no folder on this machine, where the feature cache has to be")
     return value
 
 
@@ -85,6 +98,11 @@ def _run_name(_ctx: click.Context, _parameter: click.Parameter, value: str) -> s
               help="Listen with the encoders of the YAML, as Seed-VC does, or without weights; auto: with those "
               "of the YAML if they are here or on Hugging Face's hub.")  # fmt: skip
 @encoder_options
+@click.option("--feature-cache", metavar="DIR|off", callback=_cache,
+              help="Compute features once and keep them here, or in every step.  [default: off with built-in "
+              "features, else features/ in the user's cache folder]")  # fmt: skip
+@click.option("--shifts", type=click.IntRange(min=1), metavar="K",
+              help=f"Disguised copies of each clip in the feature cache.  [default: {_SHIFTS}]")  # fmt: skip
 @click.option("--tensorboard", is_flag=True, help="Write the logs for TensorBoard too, to RUN/tensorboard.")
 @click.option("--demo", is_flag=True, help="Show it all once: train on made-up speech, be killed, resume, export.")
 @click.pass_context
@@ -160,14 +178,17 @@ def _train(options: dict[str, Any]) -> int:
     mel = MelSpectrogram(sound.sr, **sound.spect_params.model_dump())
     encoders = EncoderOptions(*(options[key] for key in ("features", "content_encoder", "campplus", "rmvpe")))
     beside = os.path.dirname(options["config"])
-    listening_on = "cpu" if options["num_workers"] else device  # loader processes can't share a GPU's memory
+    in_workers = options["feature_cache"] == "off" and options["num_workers"]
+    listening_on = "cpu" if in_workers else device  # loader processes can't share a GPU's memory
     front_end = choose_front_end(config, beside, encoders, listening_on, _say)
     features = "builtin" if isinstance(front_end, BuiltinFrontEnd) else front_end.identity
     batch_size = options["batch_size"] or config.batch_size
+    cache = _feature_cache(options, corpus, mel, front_end)
     chosen = {name: options[name] for name in ("seed", "precision", "tf32", "accumulate", "ema", "val_split")}
+    chosen |= {"feature_cache.shifts": cache.shifts} if cache else {}
     settings = Settings.of(config, corpus, batch_size=batch_size, features=features, **chosen)
     pinned = wants_pinned_memory(device)
-    data = TrainingData(corpus, mel, front_end, batch_size, seed, options["num_workers"], pinned)
+    data = TrainingData(corpus, mel, front_end, batch_size, seed, options["num_workers"], pinned, cache)
     validation = hear(held_out, mel, front_end) if held_out is not None else None
 
     seed_all(seed)
@@ -195,6 +216,10 @@ def _train(options: dict[str, Any]) -> int:
             log=events,
         )
         run.keep_config(store.storage, options["config"])
+        if cache is not None:
+            prepare_device(device, tf32=False)  # runs without it share the cache
+            _fill(cache, device)
+            prepare_device(device, tf32=options["tf32"])
         limits = Limits(
             options["max_steps"],
             options["max_epochs"],
@@ -262,6 +287,37 @@ def _rules(options: dict[str, Any]) -> list[Rule]:
         except ValueError as error:
             raise click.BadParameter(str(error), param_hint="--keep-best") from None
     return rules
+
+
+def _feature_cache(
+    options: dict[str, Any], corpus: Corpus, mel: MelSpectrogram, front_end: FrontEnd
+) -> FeatureCache | None:
+    from seedvc_train.feature_cache import FeatureCache
+    from seedvc_train.features.builtin import BuiltinFrontEnd
+    from seedvc_train.places import cache_folder
+
+    # the built-in front end hears a clip as fast as a file of its features is read
+    default = "off" if isinstance(front_end, BuiltinFrontEnd) else os.path.join(cache_folder(), "features")
+    folder = options["feature_cache"] or default
+    if folder == "off":
+        if options["shifts"]:
+            raise click.UsageError("--shifts counts copies in the feature cache, which is off: see --feature-cache")
+        return None
+    return FeatureCache(folder, corpus, mel, front_end, options["shifts"] or _SHIFTS)
+
+
+def _fill(cache: FeatureCache, device: torch.device) -> None:
+    """Compute what the cache lacks, and say so."""
+    from seedvc_ckpt.cli.output import readable_size
+    from seedvc_ckpt.threads import available_cores
+    from seedvc_train.progress import ClipProgress
+
+    missing = cache.missing()
+    threads = min(available_cores(), _MOST_LISTENERS) if device.type == "cpu" else 2  # one decodes, one encodes
+    with ClipProgress("computing features", len(missing)) as progress:
+        computed = cache.fill(missing, threads, progress.step)
+    found, size = len(cache.corpus.clips) - computed, readable_size(cache.nbytes())
+    _say(f"features: {found} clips from the cache, {computed} computed; {size} in {cache.folder}")
 
 
 def _below(log_dir: str, name: str) -> str:

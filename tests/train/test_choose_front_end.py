@@ -366,13 +366,18 @@ def small_yaml(tmp_path_factory: pytest.TempPathFactory, whisper: Path) -> Path:
     return path
 
 
+@pytest.mark.parametrize("cache", ["off", "default"])
 def test_an_interrupted_run_with_encoders_ends_with_the_same_bits(
-    recordings: Path, tmp_path: Path, small_yaml: Path, campplus: Path
+    recordings: Path, tmp_path: Path, small_yaml: Path, campplus: Path, cache: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With two loader processes and without, and its settings tell by what it was heard."""
-    options = {"config": small_yaml, "campplus": campplus}
+    """With two loader processes and without, features kept or not, and its settings tell by what it was heard."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    options = {"config": small_yaml, "campplus": campplus, "feature_cache": None if cache == "default" else cache}
     straight = runs.train(recordings, tmp_path / "straight", max_steps=4, save_every=4, **options)
     assert straight.exit_code == 0, straight.output
+    features = tmp_path / "user" / "seedvc-train" / "features"
+    assert ("0 clips from the cache, 6 computed" in straight.output) == (cache == "default")
+    assert features.exists() == (cache == "default")
     runs.train(recordings, tmp_path / "parted", max_steps=2, save_every=2, num_workers=2, **options)
     runs.train(recordings, tmp_path / "parted", max_steps=4, save_every=2, **options)
     first, second = (CheckpointStore(tmp_path / place / "run").load(4) for place in ("straight", "parted"))
@@ -385,7 +390,7 @@ def test_a_run_does_not_go_on_with_other_ears(
     recordings: Path, tmp_path: Path, small_yaml: Path, campplus: Path
 ) -> None:
     """What began on encoders is not continued on built-in features, which auto would fall back to in silence."""
-    runs.train(recordings, tmp_path, max_steps=1, config=small_yaml, campplus=campplus)
+    runs.train(recordings, tmp_path, max_steps=1, config=small_yaml, campplus=campplus, feature_cache="off")
     other = runs.train(recordings, tmp_path, max_steps=2, config=small_yaml, features="builtin")
     assert "features: seedvc 1; whisper" in str(other.exception)
     assert "builtin now" in str(other.exception)
