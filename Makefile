@@ -3,16 +3,19 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-full lint clean
+.PHONY: demo test test-full coverage lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/seedvc-train --demo
 
 test: $(VENV)/installed
-	$(BIN)/pytest --cov --cov-report=term
+	$(BIN)/pytest
 
 test-full: $(VENV)/installed
 	$(BIN)/pytest --full --reliability
+
+coverage: $(VENV)/installed
+	$(BIN)/pytest --cov --cov-report=term
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -67,8 +67,10 @@ def test_a_compiled_model_computes_the_same(traced: list[int], name: str) -> Non
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # of torch's, at its own import
-def test_the_true_compiler_compiles_once_for_all_lengths() -> None:
+def test_the_true_compiler_compiles_once_for_all_lengths(full: bool) -> None:
     """What --compile hands to inductor is compiled for mels of any length at once."""
+    if not full:
+        pytest.skip("the compiler takes a minute: with --full")
     golden = torch.load(runs.DATA / "golden_wavenet_longskip.pth", weights_only=True)
     model = build_model(golden["model_params"]).eval()
     torch.compiler.reset()
