@@ -28,26 +28,31 @@ from seedvc_train.state import TrainingState
 __all__ = ["compare"]
 
 _SR = 16_000
-_CLIPS = 12
 _BATCH = 2
 _SHIFTS = 4
 _WIDTH = 512
 
 
-def compare(folder: str) -> dict[str, float]:
+def compare(folder: str, clips: int = 12, layers: int = 6) -> dict[str, float]:
     """Seconds of a training step of the ``xlsr_tiny`` DiT, by where content comes from and by loader processes.
 
     Content comes from an encoder of Whisper base's shape with random weights, which hears a clip and one disguised
     copy in each step; the disguise is a gain, which costs nothing. Each figure is the mean over one epoch or more.
+
+    Args:
+        folder: Where recordings, model and cache go.
+        clips: Recordings, an even number.
+        layers: Of the encoder; 6 are Whisper base's.
     """
     recordings = os.path.join(folder, "recordings")
-    write_demo_corpus(recordings, clips=_CLIPS // 2)
+    write_demo_corpus(recordings, clips=clips // 2)
     params = preset_config("xlsr_tiny").model_dump(by_alias=True)
     params["model_params"]["length_regulator"]["in_channels"] = _WIDTH
     sound = params["preprocess_params"]
     corpus = scan(recordings, sound["sr"], progress=False)
     mel = MelSpectrogram(sound["sr"], **sound["spect_params"])
-    front_end = _Whisper(_whisper_base(os.path.join(folder, "whisper")), params["model_params"]["style_encoder"]["dim"])
+    whisper = _whisper_base(os.path.join(folder, "whisper"), layers)
+    front_end = _Whisper(whisper, params["model_params"]["style_encoder"]["dim"])
     cache = FeatureCache(os.path.join(folder, "cache"), corpus, mel, front_end, _SHIFTS)
     torch.manual_seed(0)
     state = TrainingState.fresh(build_model(params["model_params"]), 1e-5)
@@ -57,11 +62,11 @@ def compare(folder: str) -> dict[str, float]:
     found = {"computing a clip": (time.perf_counter() - began) / len(corpus.clips)}
     found["bytes a second"] = cache.nbytes() / corpus.seconds
     found["clips"], found["seconds"] = len(corpus.clips), corpus.seconds
-    warm_up = TrainingData(corpus, mel, front_end, _BATCH, 0, 0, cache)
+    warm_up = TrainingData(corpus, mel, front_end, _BATCH, seed=0, num_workers=0, cache=cache)
     _seconds_per_step(state, warm_up.batches(0, 0))
     for name, source, epochs in (("cache", cache, 4), ("off", None, 1)):
         for workers in (0, 2):
-            data = TrainingData(corpus, mel, front_end, _BATCH, 0, workers, source)
+            data = TrainingData(corpus, mel, front_end, _BATCH, seed=0, num_workers=workers, cache=source)
             found[f"{name} {workers}"] = (
                 sum(_seconds_per_step(state, data.batches(epoch, 0)) for epoch in range(epochs)) / epochs
             )
@@ -95,13 +100,18 @@ class _Whisper:
         return Features(content, tuple(shifted), self._builtin(wave, sr, []).style, None)
 
 
-def _whisper_base(folder: str) -> str:
+def _whisper_base(folder: str, layers: int) -> str:
     """A model of the shape of openai/whisper-base, whose weights can't be had everywhere, in a folder."""
     from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperModel
 
     torch.manual_seed(0)
     config = WhisperConfig(
-        d_model=_WIDTH, encoder_layers=6, encoder_attention_heads=8, encoder_ffn_dim=2048, decoder_layers=1
+        d_model=_WIDTH,
+        encoder_layers=layers,
+        encoder_attention_heads=8,
+        encoder_ffn_dim=2048,
+        decoder_layers=1,  # which the encoder is saved with, and nothing reads
+        decoder_attention_heads=8,
     )
     WhisperModel(config).save_pretrained(folder)
     WhisperFeatureExtractor().save_pretrained(folder)
@@ -109,4 +119,4 @@ def _whisper_base(folder: str) -> str:
 
 
 if __name__ == "__main__":
-    print(json.dumps(compare(sys.argv[1])))  # noqa: T201
+    print(json.dumps(compare(sys.argv[1], *map(int, sys.argv[2:]))))  # noqa: T201

@@ -51,6 +51,18 @@ def test_requests_are_counted(weed: Any) -> None:
     assert 100_000 < found["latest bytes"] < 1_000_000
 
 
+def test_features_can_be_measured(tmp_path: Path) -> None:
+    """A step with a small encoder in it and one from the cache, in a process of its own that has nothing to warn of."""
+    command = [sys.executable, "-m", "benchmarks.features", str(tmp_path), "2", "1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
+    found = json.loads(done.stdout)
+    assert found["clips"] == 2
+    assert all(found[f"{way} {workers}"] > 0 for way in ("cache", "off") for workers in (0, 2))
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
 def test_features_have_rows_of_their_own(tmp_path: Path) -> None:
     """What `benchmarks.features` measures becomes a table: each way with its ratio to the cache's."""
     from benchmarks.report import page
