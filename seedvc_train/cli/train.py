@@ -189,7 +189,11 @@ def _train(options: dict[str, Any]) -> int:
     settings = Settings.of(config, corpus, batch_size=batch_size, features=features, **chosen)
     pinned = wants_pinned_memory(device)
     data = TrainingData(corpus, mel, front_end, batch_size, seed, options["num_workers"], pinned, cache)
-    validation = hear(held_out, mel, front_end) if held_out is not None else None
+    validation = None
+    if held_out is not None:
+        prepare_device(device, tf32=False)  # as evaluate listens, whose numbers are to compare
+        validation = hear(held_out, mel, front_end)
+        prepare_device(device, tf32=options["tf32"])
 
     seed_all(seed)
     model = build_model(config.model_params).to(device)

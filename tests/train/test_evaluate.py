@@ -374,9 +374,7 @@ def speech(seedvc_wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
     return folder / "reference", folder / "source"
 
 
-def test_validation_loss_falls_by_a_third_and_ranks_runs(
-    speech: tuple[Path, Path], tmp_path: Path, full: bool
-) -> None:
+def test_validation_loss_falls_by_a_third_and_ranks_runs(speech: tuple[Path, Path], tmp_path: Path, full: bool) -> None:
     """On real speech: within 300 steps from fresh weights; of two runs the one that trained longer is the better."""
     if not full:
         pytest.skip("360 steps take minutes: with --full")
