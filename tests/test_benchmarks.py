@@ -51,8 +51,10 @@ def test_requests_are_counted(weed: Any) -> None:
     assert 100_000 < found["latest bytes"] < 1_000_000
 
 
-def test_features_can_be_measured(tmp_path: Path) -> None:
+def test_features_can_be_measured(tmp_path: Path, full: bool) -> None:
     """A step with a small encoder in it and one from the cache, in a process of its own that has nothing to warn of."""
+    if not full:
+        pytest.skip("it takes minutes: with --full")
     command = [sys.executable, "-m", "benchmarks.features", str(tmp_path), "2", "1"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
