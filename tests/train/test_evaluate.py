@@ -53,6 +53,13 @@ def by_step(run: Path | str, metric: str = "val_loss") -> dict[int, float]:
     return {info.step: scores[metric] for info, scores in found.items() if metric in scores}
 
 
+def written(run: Path) -> dict[int, dict[str, float]]:
+    """What scores.jsonl says, all of it on two clips."""
+    lines = [json.loads(line) for line in (run / "scores.jsonl").read_text().splitlines()]
+    assert all("2 clips" in on for line in lines for on in line["on"].values())
+    return {line["step"]: line["scores"] for line in lines}
+
+
 def answer(result: Result) -> dict:
     assert result.return_value == 0, result.output
     return json.loads(result.stdout)
@@ -269,6 +276,7 @@ def test_a_validated_save_carries_its_score(recordings: Path, held_out: Path, tm
     store = CheckpointStore(run)
     logged = {line["step"]: line["val_loss"] for line in runs.metrics(run) if "val_loss" in line}
     assert logged.keys() == {3, 6}
+    assert written(run) == {step: {"val_loss": score} for step, score in logged.items()}
     assert by_step(run) == logged
     assert {info.step: store.file(info).manifest().metrics["val_loss"] for info in store.list()} == logged
     assert f"step 6/6  val_loss {logged[6]:.4f}" in result.stderr
@@ -281,7 +289,7 @@ def test_a_validated_save_carries_its_score(recordings: Path, held_out: Path, tm
 def test_a_synchronous_save_carries_its_score_too(recordings: Path, held_out: Path, tmp_path: Path) -> None:
     """With --sync-save nothing is different."""
     runs.train(recordings, tmp_path, val_dir=held_out, sync_save=True, keep_last=9)
-    assert by_step(tmp_path / "run").keys() == {3, 6}
+    assert written(tmp_path / "run").keys() == {3, 6}
 
 
 def test_scores_that_cannot_be_written_stop_no_training(
@@ -380,7 +388,8 @@ def test_validation_loss_falls_by_a_third_and_ranks_runs(speech: tuple[Path, Pat
         pytest.skip("360 steps take minutes: with --full")
     train, validate = speech
     options = {"lr": 3e-4, "batch_size": 2, "keep_last": 9, "features": "builtin"}
-    runs.train(train, tmp_path / "long", **options, max_steps=300, save_every=100, val_dir=validate, val_every=100)
+    long = runs.train(train, tmp_path / "long", **options, max_steps=300, save_every=100, val_dir=validate)
+    assert long.return_value == 0, long.output
     runs.train(train, tmp_path / "short", **options, max_steps=60, save_every=20)
     first = runs.train(train, tmp_path / "fresh", **{**options, "lr": 1e-12}, max_steps=1)
     assert first.return_value == 0, first.output
