@@ -64,7 +64,7 @@ def compare(folder: str, clips: int = 12, layers: int = 6) -> dict[str, float]:
     found["clips"], found["seconds"] = len(corpus.clips), corpus.seconds
     warm_up = TrainingData(corpus, mel, front_end, _BATCH, seed=0, num_workers=0, cache=cache)
     _seconds_per_step(state, warm_up.batches(0, 0))
-    for name, source, epochs in (("cache", cache, 4), ("off", None, 1)):
+    for name, source, epochs in (("cache", cache, 2), ("off", None, 1)):
         for workers in (0, 2):
             data = TrainingData(corpus, mel, front_end, _BATCH, seed=0, num_workers=workers, cache=source)
             found[f"{name} {workers}"] = (
