@@ -300,7 +300,7 @@ def _feature_cache(
     from seedvc_train.features.builtin import BuiltinFrontEnd
     from seedvc_train.places import cache_folder
 
-    # the built-in front end hears a clip as fast as a file of its features is read
+    # the built-in front end takes milliseconds a clip, which a new disguise in every epoch is worth
     default = "off" if isinstance(front_end, BuiltinFrontEnd) else os.path.join(cache_folder(), "features")
     folder = options["feature_cache"] or default
     if folder == "off":

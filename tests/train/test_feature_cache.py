@@ -19,6 +19,8 @@ import pytest
 import runs
 import torch
 from file_systems import filled, loop_mounted, missing, remount
+from safetensors import safe_open
+from safetensors.torch import save_file
 from test_resume import differences, losses
 
 from seedvc_ckpt import CheckpointStore
@@ -122,6 +124,33 @@ def test_neither_seeds_nor_names_nor_threads_change_what_is_kept(recordings, tmp
     finally:
         torch.set_num_threads(threads)
     assert contents(tmp_path / "again") == contents(tmp_path / "cache")
+
+
+def test_what_another_process_kept_is_not_heard_again(recordings, tmp_path, full_cache):
+    """A clip that was missing when a process looked, and is there when its turn comes, costs nothing."""
+    assert cache_in(tmp_path / "cache", recordings, Deaf()).fill(range(6), threads=2) == 0
+
+
+@pytest.mark.parametrize("ours", [1, 3])
+def test_each_clip_is_heard_by_one_thread_of_torchs(recordings, tmp_path, ours):
+    """Whatever torch is set to, while the cache is filled and in a repair: a product's last bits can depend on it."""
+
+    class Counting(BuiltinFrontEnd):
+        def __call__(self, wave, sr, shifts):
+            heard = super().__call__(wave, sr, shifts)
+            threads = torch.full((1, 1), float(torch.get_num_threads()))
+            return Features(threads, heard.shifted_contents, heard.style, None)
+
+    cache, threads = cache_in(tmp_path / "cache", recordings, Counting(24, 6)), torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        cache.fill(cache.missing(), ours)
+        os.unlink(cache.path(0))
+        cache.repair([0])
+        assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(threads)
+    assert [cache.item(index, 0).content.item() for index in range(6)] == [1] * 6
 
 
 def test_whatever_changes_what_is_heard_has_files_of_its_own(recordings, tmp_path, full_cache):
@@ -243,6 +272,32 @@ def test_no_flipped_bit_goes_unseen(tmp_path):
         assert set(found) == set(tensors)
         assert all(torch.equal(found[name], tensors[name]) for name in tensors)
     assert harmless < 0.02 * 8 * len(whole)  # spaces between the tokens of the header's JSON
+
+
+def test_the_bytes_are_decided_by_tensors_and_recipe():
+    """Not by the order in which the tensors come; so caches can be compared as files."""
+    mel, style = torch.randn(3, 4), torch.randn(2)
+    assert as_bytes({"mel": mel, "style": style}, "{}") == as_bytes({"style": style, "mel": mel}, "{}")
+
+
+@pytest.mark.parametrize("forged", ["names swapped", "another shape", "a tensor less", "a tensor more"])
+def test_what_is_valid_but_not_what_was_written_is_seen(tmp_path, forged):
+    """A header that another program rewrote: every byte of the tensors is there, but they are not the same tensors."""
+    tensors = {"mel": torch.randn(3, 4), "content": torch.randn(3, 4)}
+    path = str(tmp_path / "file")
+    Path(path).write_bytes(as_bytes(tensors, "{}"))
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    mel, content = tensors["mel"], tensors["content"]
+    others = {
+        "names swapped": {"mel": content, "content": mel},
+        "another shape": {"mel": mel.reshape(4, 3), "content": content},
+        "a tensor less": {"mel": mel},
+        "a tensor more": {"mel": mel, "content": content, "f0": torch.randn(2)},
+    }
+    save_file(others[forged], path, metadata)
+    with pytest.raises(DamagedFeaturesError):
+        read(path, "{}", () if "tensor" in forged else None)
 
 
 def test_no_cut_goes_unseen(tmp_path):
