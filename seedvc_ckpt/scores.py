@@ -22,7 +22,7 @@ from seedvc_ckpt.errors import LeaseHeldError
 from seedvc_ckpt.format.archive import Archive
 from seedvc_ckpt.storage import Lease, Storage, read_file
 
-__all__ = ["NAME", "Score", "Scores", "append", "directory_digest"]
+__all__ = ["NAME", "Score", "Scores", "append", "comparable", "directory_digest"]
 
 _log = logging.getLogger(__name__)
 
@@ -95,6 +95,26 @@ class Scores:
             if (line.name, line.digest) == (name, digest):
                 found.update({key: value for key, value in line.scores.items() if line.on.get(key, "") == self.on[key]})
         return found
+
+
+def comparable(storage: Storage, on: Mapping[str, str]) -> list[Score]:
+    """All lines of the file, of checkpoints that are gone too, each with those of its numbers that compare.
+
+    These are the ones that are computed on what `on` says, or else on the same as the newest of their metric.
+
+    Raises:
+        StorageError: if it can't be read.
+    """
+    if storage.stat(NAME) is None:
+        return []
+    lines = list(_parsed(read_file(storage, NAME), storage.location))
+    wanted = {metric: line.on.get(metric, "") for line in lines for metric in line.scores} | dict(on)
+    return [
+        line.model_copy(
+            update={"scores": {key: it for key, it in line.scores.items() if line.on.get(key, "") == wanted[key]}}
+        )
+        for line in lines
+    ]
 
 
 def directory_digest(archive: Archive) -> str:

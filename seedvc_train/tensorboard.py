@@ -1,14 +1,21 @@
-"""A run's logs for TensorBoard: its numbers as scalars, what happens to it as text."""
+"""A run's logs for TensorBoard: its numbers as scalars, what happens to it as text; and its scores."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
+from contextlib import closing, suppress
 from types import TracebackType
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-__all__ = ["TensorBoard"]
+from seedvc_ckpt.scores import Score
+
+__all__ = ["FOLDER", "TensorBoard", "show_scores"]
+
+FOLDER = "tensorboard"
+_SCORES = "evaluate"  # below it, since its trainer may be writing to the folder itself
 
 _SECONDS = 10  # between writes to the disk: what a killed trainer can lose
 
@@ -47,3 +54,26 @@ class TensorBoard:
             text = "  \n".join(f"{key}: {value}" for key, value in words.items())
             self._writer.add_text(f"events/{event}", text, self._step)
             self._writer.flush()
+
+
+def show_scores(folder: str, scores: Iterable[Score]) -> str:
+    """Show scores at the steps of their checkpoints, in place of all that were shown before, if any.
+
+    Args:
+        folder: The folder of the run's other event files; these go below it.
+        scores: In the order in which they were found: of two of one step the later counts.
+
+    Returns:
+        Where the files are.
+    """
+    shown = {(score.step, metric): value for score in scores for metric, value in score.scores.items()}
+    folder = os.path.join(folder, _SCORES)
+    old = [entry.path for entry in os.scandir(folder)] if os.path.isdir(folder) else []
+    if shown or old:
+        with closing(SummaryWriter(folder, purge_step=0)) as writer:  # so that an open TensorBoard forgets the old ones
+            for (step, metric), value in sorted(shown.items()):
+                writer.add_scalar(f"scores/{metric}", value, step)
+    for path in old:
+        with suppress(FileNotFoundError):  # another evaluation was as quick
+            os.unlink(path)
+    return folder

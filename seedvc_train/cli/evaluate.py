@@ -40,6 +40,7 @@ __all__ = ["command"]
               help="Draw the mels of N clips for each checkpoint.")  # fmt: skip
 @encoder_options
 @device_option
+@click.option("--tensorboard", is_flag=True, help="Show all scores of the run in TensorBoard too.")
 @click.option("--json", "as_json_", is_flag=True, help="Print one JSON document and nothing else.")
 def command(run: str, as_json_: bool, **options: Any) -> int:  # noqa: FBT001
     """Score checkpoints of a RUN on recordings that it was not trained on.
@@ -54,6 +55,8 @@ def command(run: str, as_json_: bool, **options: Any) -> int:  # noqa: FBT001
         raise click.UsageError("--val-split is of --dataset-dir; all of --val-dir is scored on")
     if options["every"] and options["step"] is not None:
         raise click.UsageError("--every and --step name checkpoints each: give one of them")
+    if options["tensorboard"] and find_spec("tensorboard") is None:
+        raise click.UsageError("--tensorboard needs tensorboard: run pip install 'seedvc-ckpt[tensorboard]'")
     from seedvc_ckpt.cli.target import run_at
 
     with run_at(run) as store:
@@ -67,10 +70,13 @@ def command(run: str, as_json_: bool, **options: Any) -> int:  # noqa: FBT001
         if options["every"]:
             infos = evaluation.unscored()
         results = _scored(evaluation, infos)
+        board = _shown(evaluation) if options["tensorboard"] else None
         if as_json_:
             _print_json(evaluation, results)
         else:
             _print(evaluation, results, drawn=options["pictures"] > 0)
+            if board:
+                click.echo(f"for TensorBoard: {board}")
     return 1 if any(result.problem for result in results) else 0
 
 
@@ -185,6 +191,16 @@ def _scored(evaluation: Evaluation, infos: list[CheckpointInfo]) -> list[Scored]
             bar.set_description(f"step {result.info.step}")
             results.append(result)
     return results
+
+
+def _shown(evaluation: Evaluation) -> str:
+    """Show the run's scores in TensorBoard, beside what its trainer shows."""
+    from seedvc_ckpt.scores import comparable
+    from seedvc_train.runlog import folder_here
+    from seedvc_train.tensorboard import FOLDER, show_scores
+
+    store = evaluation.store
+    return show_scores(os.path.join(folder_here(store), FOLDER), comparable(store.storage, evaluation.on))
 
 
 def _print(evaluation: Evaluation, results: list[Scored], *, drawn: bool) -> None:

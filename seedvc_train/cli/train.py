@@ -136,6 +136,7 @@ def _train(options: dict[str, Any]) -> int:
     config = load_config(options["config"])
     folder = _below(options["log_dir"] or config.log_dir, options["run_name"])
     from seedvc_ckpt import CheckpointStore
+    from seedvc_ckpt.scores import comparable
     from seedvc_train import run
     from seedvc_train.audio import MelSpectrogram
     from seedvc_train.data import TrainingData
@@ -164,7 +165,7 @@ def _train(options: dict[str, Any]) -> int:
     from seedvc_train.validation import hear
 
     if options["tensorboard"]:
-        from seedvc_train.tensorboard import TensorBoard
+        from seedvc_train.tensorboard import FOLDER, TensorBoard, show_scores
 
     sound, seed, start = config.preprocess_params, options["seed"], options["pretrained_ckpt"]
     try:
@@ -236,9 +237,10 @@ def _train(options: dict[str, Any]) -> int:
         saving = Saving(store, state.changed_by, events, scored_on, in_background=not options["sync_save"])
         log = MetricsLog(store, state.step)
         if options["tensorboard"]:
-            board = stack.enter_context(TensorBoard(os.path.join(folder_here(store), "tensorboard"), state.step))
+            board = stack.enter_context(TensorBoard(os.path.join(folder_here(store), FOLDER), state.step))
             log.copy_to(board.write)
             events.copy_to(board.write)
+            show_scores(board.folder, [it for it in comparable(store.storage, {}) if it.step <= state.step])
             _say(f"for TensorBoard: {board.folder}")
         run.note_start(events, state.step, resumed, log.reached, options)
         with compiler_errors():

@@ -10,11 +10,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from pydantic import ValidationError
-
 from seedvc_ckpt import CheckpointError, CheckpointInfo, CheckpointStore, scores
 from seedvc_ckpt.manifest import Manifest
-from seedvc_ckpt.scores import Score
 from seedvc_ckpt.storage import Storage, read_file
 from seedvc_train import events, metrics
 from seedvc_train.runlog import parsed
@@ -181,20 +178,12 @@ def _with_steps(happened: Iterable[Line]) -> Iterator[Line]:
 
 def _scores(storage: Storage) -> tuple[dict[str, dict[int, float]], dict[str, dict[str, float]]]:
     """Scores by metric and step, and by checkpoint and metric."""
-    if storage.stat(scores.NAME) is None:
-        return {}, {}
-    found = []
-    for line in read_file(storage, scores.NAME).splitlines():
-        with suppress(ValidationError):
-            found.append(Score.model_validate_json(line))
-    newest = {metric: score.on.get(metric) for score in found for metric in score.scores}
     by_metric: dict[str, dict[int, float]] = {}
     by_name: dict[str, dict[str, float]] = {}
-    for score in found:
+    for score in scores.comparable(storage, {}):
         for metric, value in score.scores.items():
-            if score.on.get(metric) == newest[metric]:
-                by_metric.setdefault(metric, {})[score.step] = measured(value)
-                by_name.setdefault(score.name, {})[metric] = measured(value)
+            by_metric.setdefault(metric, {})[score.step] = measured(value)
+            by_name.setdefault(score.name, {})[metric] = measured(value)
     return {metric: dict(sorted(values.items())) for metric, values in sorted(by_metric.items())}, by_name
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import subprocess
@@ -11,8 +12,10 @@ from pathlib import Path
 
 import pytest
 import runs
+from click.testing import CliRunner
 
 import seedvc_train
+import seedvc_train.cli
 from seedvc_ckpt import CheckpointStore
 from seedvc_ckpt.format.compare import compare
 from seedvc_train.corpus import write_demo_corpus
@@ -131,7 +134,83 @@ def test_lines_of_all_kinds_are_taken(tmp_path: Path) -> None:
     assert "it *broke*" in text
 
 
-def test_without_the_extra_it_says_what_to_install(tmp_path: Path) -> None:
+def evaluate(run: Path, clips: Path, *words: object) -> str:
+    """Score a run and show its scores; return what is printed."""
+    given = [run, "--val-dir", clips, "--euler-steps", 1, "--pictures", 0, "--tensorboard", *words]
+    shown = CliRunner().invoke(seedvc_train.cli.command, ["evaluate", *map(str, given)], standalone_mode=False)
+    assert shown.return_value == 0, shown.exception
+    return shown.output
+
+
+def curve(run: Path, metric: str) -> list[tuple[int, float]]:
+    return [(it.step, it.value) for it in read(run / "tensorboard" / "evaluate").Scalars(f"scores/{metric}")]
+
+
+def test_scores_are_shown_at_their_steps(recordings: Path, tmp_path: Path) -> None:
+    """In whatever order and however often checkpoints are scored, each step has its newest scores once."""
+    runs.train(recordings, tmp_path, save_every=2, keep_last=9)
+    run = tmp_path / "run"
+    assert f"for TensorBoard: {run / 'tensorboard' / 'evaluate'}" in evaluate(run, recordings)
+    assert [step for step, _ in curve(run, "val_loss")] == [6]
+    evaluate(run, recordings, "--step", 4)
+    evaluate(run, recordings, "--every")
+    evaluate(run, recordings, "--step", 4)
+    CheckpointStore(run).add_scores(2, {"val_loss": 9.0}, on=scored_on(run))
+    (run / CheckpointStore(run).list()[1].name).unlink()
+    evaluate(run, recordings, "--every")
+    assert [step for step, _ in curve(run, "mel_distance")] == [2, 4, 6]
+    lines = [json.loads(line) for line in (run / "scores.jsonl").read_text().splitlines()]
+    newest = {line["step"]: line["scores"]["val_loss"] for line in lines}
+    assert newest[2] == 9.0
+    assert curve(run, "val_loss") == [(step, pytest.approx(newest[step], rel=1e-6)) for step in (2, 4, 6)]
+
+
+def scored_on(run: Path) -> str:
+    return json.loads((run / "scores.jsonl").read_text().splitlines()[0])["on"]["val_loss"]
+
+
+def test_other_clips_make_another_curve(recordings: Path, tmp_path: Path) -> None:
+    """What does not compare with the scores that were asked for is not among them, though it be newer."""
+    runs.train(recordings, tmp_path / "logs", save_every=2, keep_last=9)
+    run = tmp_path / "logs" / "run"
+    write_demo_corpus(str(tmp_path / "others"), seed=9, clips=1)
+    evaluate(run, recordings, "--every")
+    before = curve(run, "val_loss")
+    evaluate(run, tmp_path / "others", "--step", 4)
+    assert [step for step, _ in curve(run, "val_loss")] == [4]
+    evaluate(run, recordings, "--every")
+    assert curve(run, "val_loss") == before
+    assert len(list((run / "tensorboard" / "evaluate").iterdir())) == 1
+
+
+def test_scores_of_a_run_that_trains_are_shown_beside_it(recordings: Path, config: Path, tmp_path: Path) -> None:
+    """Nothing is written to the trainer's own event files, which it goes on with."""
+    runs.train(recordings, tmp_path, config=config, tensorboard=True)
+    folder = tmp_path / "run" / "tensorboard"
+    with TensorBoard(str(folder), 6) as board:
+        board.write({"step": 7, "loss": 0.5})
+        before = {path: path.read_bytes() for path in folder.iterdir()}
+        evaluate(tmp_path / "run", recordings)
+        assert {path: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+        board.write({"step": 8, "loss": 0.25})
+    assert [it.step for it in read(folder).Scalars("train/loss")] == [*range(1, 9)]
+    assert not [tag for tag in read(folder).Tags()["scalars"] if tag.startswith("scores/")]
+    assert [step for step, _ in curve(tmp_path / "run", "val_loss")] == [6]
+
+
+def test_a_new_start_forgets_old_scores(recordings: Path, config: Path, tmp_path: Path) -> None:
+    """Those of steps that are trained again are shown no more, those of earlier ones are."""
+    options = {"config": config, "tensorboard": True, "keep_last": 9, "save_every": 2}
+    runs.train(recordings, tmp_path, **options)
+    evaluate(tmp_path / "run", recordings, "--every")
+    runs.train(recordings, tmp_path, **options, resume=4)
+    assert [step for step, _ in curve(tmp_path / "run", "val_loss")] == [2, 4]
+    runs.train(recordings, tmp_path, **options, resume="never")
+    assert read(tmp_path / "run" / "tensorboard" / "evaluate").Tags()["scalars"] == []
+
+
+@pytest.mark.parametrize("words", [["--dataset-dir"], ["evaluate", ".", "--val-dir"]], ids=["train", "evaluate"])
+def test_without_the_extra_it_says_what_to_install(words: list[str], tmp_path: Path) -> None:
     """Where the package is missing the command names the extra that brings it."""
     packages = tmp_path / "packages"  # an installation like this one, without a package
     packages.mkdir()
@@ -140,7 +219,7 @@ def test_without_the_extra_it_says_what_to_install(tmp_path: Path) -> None:
             (packages / package.name).symlink_to(package)
     project = Path(seedvc_train.__file__).parent.parent
     shown = subprocess.run(
-        [sys.executable, "-S", "-m", "seedvc_train", "--dataset-dir", str(tmp_path), "--tensorboard"],
+        [sys.executable, "-S", "-m", "seedvc_train", *words, str(tmp_path), "--tensorboard"],
         capture_output=True,
         text=True,
         check=False,
