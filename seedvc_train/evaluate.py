@@ -10,6 +10,7 @@ from statistics import fmean
 from torch import nn
 
 from seedvc_ckpt import CheckpointInfo, CheckpointNotFoundError, CheckpointStore, CorruptCheckpointError
+from seedvc_train.places import picture_name
 from seedvc_train.validation import Sampled, ValidationClip, ValidationSet
 from seedvc_train.weights import load_weights
 
@@ -129,6 +130,6 @@ class Evaluation:
         ]
         numbers = ", ".join(f"{metric} {value:.4f}" for metric, value in scores.items())
         picture = mel_picture(f"{self.store.run_name}, step {info.step}: {numbers}", rows)
-        name = f"{info.name.rpartition('.')[0] or info.name}.png"
+        name = picture_name(info.name)
         self.store.storage.below(_PICTURES).publish(name, len(picture), [memoryview(picture)], overwrite=True)
         return f"{_PICTURES}/{name}"

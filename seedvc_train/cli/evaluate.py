@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from seedvc_ckpt.cli.target import pattern_option, run_at
 from seedvc_train.cli.options import device_option, encoder_options, fraction
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ __all__ = ["command"]
 @click.option("--euler-steps", type=click.IntRange(min=1), default=10, show_default=True, help="Of sampled mels.")
 @click.option("--pictures", type=click.IntRange(min=0), default=3, show_default=True, metavar="N",
               help="Draw the mels of N clips for each checkpoint.")  # fmt: skip
+@pattern_option
 @encoder_options
 @device_option
 @click.option("--tensorboard", is_flag=True, help="Show all scores of the run in TensorBoard too.")
@@ -57,9 +59,7 @@ def command(run: str, as_json_: bool, **options: Any) -> int:  # noqa: FBT001
         raise click.UsageError("--every and --step name checkpoints each: give one of them")
     if options["tensorboard"] and find_spec("tensorboard") is None:
         raise click.UsageError("--tensorboard needs tensorboard: run pip install 'seedvc-ckpt[tensorboard]'")
-    from seedvc_ckpt.cli.target import run_at
-
-    with run_at(run) as store:
+    with run_at(run, pattern=options["pattern"]) as store:
         config = _config(store, options["config"])
         infos = _infos(store, options)
         if not infos:

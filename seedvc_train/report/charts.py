@@ -66,9 +66,9 @@ def draw(history: History) -> list[Chart]:
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # a metric may have a name in any script
         for name, title, drawn in (
             ("loss", "Loss and learning rate, and what happened", _loss),
+            ("scores", "Scores", _scores),
             ("time", "Time per step, and what saves cost", _time),
             ("disk", "Sizes on disk", _disk),
-            ("scores", "Validation scores", _scores),
         ):
             figure = drawn(history)
             if figure is not None:
@@ -99,7 +99,18 @@ def _loss(history: History) -> Figure | None:
         steps, _numbers(history.lines, "loss"), color=SKY, alpha=0.7, linewidth=0.7, label="loss of the step", **dot
     )
     loss.plot(steps, _numbers(history.lines, "running_loss"), color=BLUE, linewidth=2, label="running loss", **dot)
-    top, above = _top(_numbers(history.lines, "loss") + _numbers(history.lines, "running_loss"))
+    validated = [line for line in history.lines if not math.isnan(line.number("val_loss"))]
+    if validated:
+        loss.plot(
+            [line.step for line in validated],
+            _numbers(validated, "val_loss"),
+            color=ORANGE,
+            linewidth=1.5,
+            marker="o",
+            markersize=3.5,
+            label="validation loss",
+        )
+    top, above = _top([it for key in ("loss", "running_loss", "val_loss") for it in _numbers(history.lines, key)])
     loss.set(title=f"Loss (highest {above:.4g}, not shown)" if above else "Loss", ylabel="loss")
     if above:
         loss.set_ylim(0, top)

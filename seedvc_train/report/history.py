@@ -93,6 +93,7 @@ class History:
         events: What happened, in the order of the log. A failure has the last step that is known of before it.
         checkpoints: Ascending by step; of two files of one name, one after the other, both.
         scores: By metric, the value of each step; only of what was computed on the same as the newest.
+        scored_on: By metric, what that is; "" where it is not told.
         manifest: Of the newest checkpoint, where it has one.
         configs: The YAML files in the run, by name.
         mels: The pictures of mels, by name.
@@ -105,6 +106,7 @@ class History:
     events: Sequence[Line]
     checkpoints: Sequence[Checkpoint]
     scores: Mapping[str, Mapping[int, float]]
+    scored_on: Mapping[str, str]
     manifest: Manifest | None
     configs: Mapping[str, str]
     mels: Mapping[str, bytes]
@@ -135,7 +137,9 @@ def read_history(store: CheckpointStore) -> History:
     storage, infos = store.storage, store.list()
     lines = sorted({line.step: line for line in _lines(storage, metrics.NAME)}.values(), key=lambda line: line.step)
     happened = list(_with_steps(_lines(storage, events.NAME, step=-1)))
-    scored, scores_of = _scores(storage)
+    judged = scores.comparable(storage, {})
+    scored, scores_of = _scores(judged)
+    scored_on = {metric: score.on.get(metric, "") for score in judged for metric in score.scores}
     manifest = None
     if infos:
         with suppress(CheckpointError):  # a damaged one is shown by its name and size like any other
@@ -153,7 +157,17 @@ def read_history(store: CheckpointStore) -> History:
     }
     missing = [words for words, found in there.items() if not found]
     return History(
-        store.run_name, store.location, lines, happened, checkpoints, scored, manifest, configs, mels, missing
+        store.run_name,
+        store.location,
+        lines,
+        happened,
+        checkpoints,
+        scored,
+        scored_on,
+        manifest,
+        configs,
+        mels,
+        missing,
     )
 
 
@@ -176,11 +190,11 @@ def _with_steps(happened: Iterable[Line]) -> Iterator[Line]:
         yield Line(last, event.values)
 
 
-def _scores(storage: Storage) -> tuple[dict[str, dict[int, float]], dict[str, dict[str, float]]]:
+def _scores(judged: Iterable[scores.Score]) -> tuple[dict[str, dict[int, float]], dict[str, dict[str, float]]]:
     """Scores by metric and step, and by checkpoint and metric."""
     by_metric: dict[str, dict[int, float]] = {}
     by_name: dict[str, dict[str, float]] = {}
-    for score in scores.comparable(storage, {}):
+    for score in judged:
         for metric, value in score.scores.items():
             by_metric.setdefault(metric, {})[score.step] = measured(value)
             by_name.setdefault(score.name, {})[metric] = measured(value)

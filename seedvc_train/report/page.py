@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.resources import files
 
@@ -12,12 +13,13 @@ from jinja2 import Environment, StrictUndefined
 
 from seedvc_ckpt.cli.output import readable_size
 from seedvc_ckpt.manifest import library_version
+from seedvc_train.places import picture_name
 from seedvc_train.report.charts import Chart
 from seedvc_train.report.history import History, Line
 
 __all__ = ["render"]
 
-_MELS = 40  # the most pictures shown: each is some 100 kB
+_MELS = 6 << 20  # the most bytes of pictures on the page, of some 100 to 800 kB each
 _TOLD = ("started", "resumed", "set_aside", "interrupted", "failed", "ended")
 
 
@@ -27,23 +29,68 @@ def render(history: History, charts: Sequence[Chart]) -> bytes:
     environment.filters.update(number=_number, size=_size, moment=_moment, png=_png, details=_details)
     template = environment.from_string(files("seedvc_train.report").joinpath("page.html").read_text("utf-8"))
     starts = history.of("started", "resumed")
-    shown = list(history.mels.items())[-_MELS:]
+    mels = _mels(history)
+    first, later = [mel for mel in mels if mel.first], [mel for mel in mels if not mel.first]
     page = template.render(
         run=history,
-        charts=charts,
+        about_learning=[chart for chart in charts if chart.name in ("loss", "scores")],
+        about_costs=[chart for chart in charts if chart.name not in ("loss", "scores")],
         tiles=_tiles(history),
         options=_plain(starts[-1].values.get("options")) if starts else {},
         versions=_versions(history, starts),
         settings=dict(sorted(history.manifest.settings.items())) if history.manifest else {},
         told=history.of(*_TOLD),
-        mels=shown,
-        mels_left_out=len(history.mels) - len(shown),
+        mels=first,
+        more_mels=later,
+        mels_left_out=len(history.mels) - len(mels),
+        scored_on=_scored_on(history),
         scored=list(history.scores),
         best={metric: history.best(metric) for metric in history.scores},
         made=datetime.now(timezone.utc).isoformat(" ", "minutes")[:16],
         version=library_version(),
     )
     return page.encode("utf-8", "backslashreplace")  # a file name may be no text
+
+
+@dataclass(frozen=True)
+class _Mel:
+    """A picture of mels: whether it is seen without a click, and why."""
+
+    name: str
+    why: str
+    first: bool
+    content: bytes
+
+
+def _mels(history: History) -> list[_Mel]:
+    """The pictures of the best checkpoints and of the newest, then the others from the newest back, while they fit."""
+    best = dict(_best_pictures(history))
+    newest_first = list(history.mels)[::-1]
+    chosen = sorted(newest_first, key=lambda name: name not in best and name != newest_first[0])
+    mels: list[_Mel] = []
+    room = _MELS
+    for name in chosen:
+        content = history.mels[name]
+        room -= len(content)
+        if mels and room < 0:
+            break
+        why = f"lowest {' and '.join(best[name])}" if name in best else "the newest" if name == newest_first[0] else ""
+        mels.append(_Mel(name, why, bool(why), content))
+    return mels
+
+
+def _best_pictures(history: History) -> Iterator[tuple[str, list[str]]]:
+    """The names of the best checkpoints' pictures, each with the metrics that they are best by."""
+    for it in history.checkpoints:
+        metrics = [metric for metric in it.scores if history.best(metric) == it.step]
+        if metrics:
+            yield picture_name(it.name), metrics
+
+
+def _scored_on(history: History) -> list[tuple[str, str]]:
+    """What scores were computed on, each with the metrics that were."""
+    told = sorted(set(history.scored_on.values()) - {""})
+    return [(", ".join(key for key in history.scores if history.scored_on[key] == on), on) for on in told]
 
 
 def _tiles(history: History) -> list[tuple[str, str]]:

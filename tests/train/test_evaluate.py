@@ -183,6 +183,16 @@ def test_a_run_can_be_scored_while_it_trains(run: Path, held_out: Path) -> None:
         holder.communicate(b"\n")
 
 
+def test_checkpoints_may_be_named_otherwise(run: Path, held_out: Path) -> None:
+    """With --pattern those are scored that are named by it, and their pictures go by their names."""
+    for info in CheckpointStore(run).list():
+        (run / info.name).rename(run / f"model-{info.step}.pth")
+    named = ["--pattern", "model-{step}.pth"]
+    found = answer(evaluate(run, "--every", "--val-dir", held_out, "--pictures", 1, *named, "--json"))
+    assert [it["picture"] for it in found["checkpoints"]] == [f"mels/model-{step}.png" for step in (2, 4, 6)]
+    assert written(run).keys() == {2, 4, 6}
+
+
 def test_a_run_on_a_server_is_scored_there(recordings: Path, held_out: Path, tmp_path: Path) -> None:
     """Its YAML is read there, scores and pictures are sent there."""
     logs = f"memory://evaluate-{next(_places)}"

@@ -17,7 +17,7 @@ import runs
 from click.testing import CliRunner, Result
 
 import seedvc_train
-from seedvc_ckpt import CheckpointStore
+from seedvc_ckpt import CheckpointStore, NamePattern
 from seedvc_train.cli import command
 from seedvc_train.corpus import write_demo_corpus
 
@@ -270,20 +270,88 @@ def test_the_best_score_is_the_lowest_of_what_compares(tmp_path: Path) -> None:
 
 
 def test_pictures_of_mels_are_inside(tmp_path: Path) -> None:
-    """The PNGs in mels/ are shown by step, the last forty of them; what is no PNG is not."""
+    """The best checkpoint's and the newest are seen at once, the others from the newest back; what is no PNG is not."""
     buffer = io.BytesIO()
     image.imsave(buffer, [[0.0, 1.0]], format="png")
     mels = tmp_path / "mels"
     mels.mkdir()
-    for step in range(1, 50):
-        (mels / f"step_{step}.png").write_bytes(buffer.getvalue())
+    for step in range(1, 13):
+        (mels / NAME.format(0, step).replace(".pth", ".png")).write_bytes(buffer.getvalue())
     (mels / "bad.png").write_text(EVIL)
+    write(tmp_path / "events.jsonl", [saved(step, 1) for step in range(1, 13)])
+    values = [{"name": NAME.format(0, step), "step": step, "size": 1, "digest": "",
+               "scores": {"val_loss": abs(step - 7.1), "mel_distance": abs(step - 3.1), "wer": abs(step - 7.1)}}
+              for step in range(1, 13)]  # fmt: skip
+    write(tmp_path / "scores.jsonl", values)
     page = page_of(tmp_path)
-    assert [*history(tmp_path).mels] == [f"step_{step}.png" for step in range(1, 50)]
-    assert len(page.references) == 40
-    assert "step_10.png" in page.text
-    assert "step_9.png" not in page.text
-    assert "9 more are in the run" in page.text
+    shown = [int(line.split("step_")[1][:5]) for line in page.text.splitlines() if ".png" in line]
+    assert shown == [12, 7, 3, 11, 10, 9, 8, 6, 5, 4, 2, 1]
+    assert "step_00007.png – lowest val_loss and wer" in page.text
+    assert "step_00003.png – lowest mel_distance" in page.text
+    assert "step_00012.png – the newest" in page.text
+    assert "9 more, the newest first" in page.text
+
+
+def test_many_pictures_do_not_swell_the_page(tmp_path: Path) -> None:
+    """Up to 6 MiB of pictures are on the page, those of the best and the newest first; the rest is counted."""
+    mels = tmp_path / "mels"
+    mels.mkdir()
+    for step in range(10):
+        (mels / f"{step}.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(1 << 20))
+    write(tmp_path / "events.jsonl", [{**saved(1, 1), "name": "2.pth"}])
+    write(tmp_path / "scores.jsonl", [{"name": "2.pth", "step": 1, "size": 1, "digest": "", "scores": {"m": 1}}])
+    page = page_of(tmp_path)
+    shown = [line.split(".png")[0] for line in page.text.splitlines() if ".png" in line]
+    assert shown == ["9", "2", "8", "7", "6"]
+    assert "5 more are in the run's folder" in page.text
+    (mels / "10.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(7 << 20))
+    assert "10.png" in page_of(tmp_path).text
+
+
+def test_what_evaluate_found_is_shown(tmp_path: Path) -> None:
+    """Scores, what they were computed on, the best checkpoint and pictures of a run that was really scored."""
+    write_demo_corpus(str(tmp_path / "recordings"), clips=1)
+    clips = tmp_path / "recordings"
+    runs.train(clips, tmp_path, max_steps=3, save_every=1, keep_last=9, val_dir=clips)
+    words = ["evaluate", tmp_path / "run", "--every", "--val-dir", clips, "--euler-steps", 1, "--pictures", 1]
+    assert CliRunner().invoke(command, [*map(str, words)], standalone_mode=False).return_value == 0
+    page, found = page_of(tmp_path / "run"), history(tmp_path / "run")
+    assert "Not in this run" not in page.text
+    assert [*found.scores] == ["mel_distance", "val_loss"]
+    assert [*found.scores["val_loss"]] == [*found.scores["mel_distance"]] == [1, 2, 3]
+    on = json.loads((tmp_path / "run" / "scores.jsonl").read_text().splitlines()[-1])["on"]
+    assert f"val_loss: computed on {on['val_loss']}\n" in page.text
+    assert f"mel_distance: computed on {on['mel_distance']}\n" in page.text
+    names = {line.split(".png")[0]: line for line in page.text.splitlines() if ".png" in line}
+    assert len(names) == 3
+    for metric in found.scores:
+        (best,) = (it for it in found.checkpoints if it.step == found.best(metric))
+        assert metric in names[best.name.removesuffix(".pth")].split("lowest")[1]
+
+
+def test_validation_losses_are_drawn_beside_those_of_training(tmp_path: Path) -> None:
+    """Those that were logged, at their steps, in the chart of the loss; without any there is no such curve."""
+    logged = [metric(step, **({"val_loss": 3.0 + step} if step in (2, 4) else {})) for step in range(1, 6)]
+    write(tmp_path / "metrics.jsonl", logged)
+    lines = {line.get_label(): line for line in charts._loss(history(tmp_path)).axes[0].get_lines()}
+    assert list(lines["validation loss"].get_xdata()) == [2, 4]
+    assert list(lines["validation loss"].get_ydata()) == [5, 7]
+    assert charts._loss(history(tmp_path)).axes[0].get_ylim()[1] > 7
+    write(tmp_path / "metrics.jsonl", [metric(1), metric(2)])
+    lines = {line.get_label(): line for line in charts._loss(history(tmp_path)).axes[0].get_lines()}
+    assert "validation loss" not in lines
+
+
+def test_checkpoints_may_be_named_otherwise(tmp_path: Path) -> None:
+    """With --pattern those are found that are named by it."""
+    with CheckpointStore(tmp_path, pattern=NamePattern("model-{step}.pth")) as store:
+        store.save({"net": {}}, 7)
+    assert "no checkpoints" in page_of(tmp_path).text
+    assert report(tmp_path, "--pattern", "model-{step}.pth").exception is None
+    page = Page(tmp_path / "report" / "report.html")
+    assert "no checkpoints" not in page.text
+    assert "model-7.pth" in page.text
+    assert "step" in str(report(tmp_path, "--pattern", "model.pth").exception)
 
 
 def test_long_runs_stay_small(tmp_path: Path) -> None:
