@@ -1,4 +1,4 @@
-"""Draw docs/pictures/report.png: the report of a run that was killed, damaged and stopped. Needs chromium.
+"""Draw docs/pictures/report.png: the report of a run that was killed, damaged, stopped and scored. Needs chromium.
 
 Run it from an empty folder: python docs/pictures/make_report.py
 """
@@ -19,8 +19,9 @@ from seedvc_train.corpus import write_demo_corpus
 from seedvc_train.report import write_report
 
 RUN = Path("runs/my_run")
-OPTIONS = "--dataset-dir recordings --log-dir runs --lr 1e-3 --keep-last 3 --keep-every 200 --save-every 25"
-WIDTH, HEIGHT = 1160, 1330
+OPTIONS = "--dataset-dir recordings --log-dir runs --lr 1e-3 --keep-last 3 --keep-every 100 --save-every 25 "
+OPTIONS += "--val-split 0.2 --keep-best val_loss:2"
+WIDTH, HEIGHT = 1160, 2630
 
 
 def train_until(step: int, end: signal.Signals | None = None) -> None:
@@ -49,6 +50,8 @@ def main() -> None:
     newest = CheckpointStore(RUN).list()[-1]
     os.truncate(RUN / newest.name, newest.size // 2)
     train_until(600)
+    words = ["evaluate", str(RUN), "--every", "--dataset-dir", "recordings", "--pictures", "1"]
+    subprocess.run([sys.executable, "-m", "seedvc_train", *words], check=True)
     page = write_report(CheckpointStore(RUN, read_only=True), "report")[0]
     window = f"--window-size={WIDTH},{HEIGHT}"
     picture = Path(__file__).resolve().with_name("report.png")

@@ -95,10 +95,8 @@ def _loss(history: History) -> Figure | None:
     loss, rate, *strip = figure.subplots(len(heights), sharex=True, height_ratios=heights)
     steps = [line.step for line in history.lines]
     dot = {"marker": "."} if len(steps) < 3 else {}
-    loss.plot(
-        steps, _numbers(history.lines, "loss"), color=SKY, alpha=0.7, linewidth=0.7, label="loss of the step", **dot
-    )
-    loss.plot(steps, _numbers(history.lines, "running_loss"), color=BLUE, linewidth=2, label="running loss", **dot)
+    loss.plot(steps, _numbers(history.lines, "loss"), color=SKY, alpha=0.7, linewidth=0.7, label="of the step", **dot)
+    loss.plot(steps, _numbers(history.lines, "running_loss"), color=BLUE, linewidth=2, label="running", **dot)
     validated = [line for line in history.lines if not math.isnan(line.number("val_loss"))]
     if validated:
         loss.plot(
@@ -108,7 +106,7 @@ def _loss(history: History) -> Figure | None:
             linewidth=1.5,
             marker="o",
             markersize=3.5,
-            label="validation loss",
+            label="validation",
         )
     top, above = _top([it for key in ("loss", "running_loss", "val_loss") for it in _numbers(history.lines, key)])
     loss.set(title=f"Loss (highest {above:.4g}, not shown)" if above else "Loss", ylabel="loss")
@@ -307,7 +305,7 @@ def _top(values: Sequence[float]) -> tuple[float, float | None]:
 
 def _legend(axes: Axes) -> None:
     """Beside the title, where it hides nothing."""
-    axes.legend(loc="lower right", bbox_to_anchor=(1, 1.01), ncols=4, borderaxespad=0)
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1.01), ncols=5, borderaxespad=0)
 
 
 def _numbers(lines: Sequence[Line], key: str) -> list[float]:
