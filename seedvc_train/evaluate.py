@@ -6,17 +6,17 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from statistics import fmean
+from typing import Literal
 
 from torch import nn
 
 from seedvc_ckpt import CheckpointInfo, CheckpointNotFoundError, CheckpointStore, CorruptCheckpointError
-from seedvc_train.places import picture_name
+from seedvc_train.places import AVERAGED, picture_name
 from seedvc_train.validation import Sampled, ValidationClip, ValidationSet
-from seedvc_train.weights import load_weights
+from seedvc_train.weights import StateError, load_weights
 
-__all__ = ["METRICS", "Evaluation", "Scored"]
+__all__ = ["Evaluation", "Scored"]
 
-METRICS = ("val_loss", "mel_distance")
 _PICTURES = "mels"
 
 
@@ -48,6 +48,7 @@ class Evaluation:
         euler_steps: Of each sampled mel.
         pictures: For how many clips mels are drawn; none without matplotlib.
         frame_seconds: Duration of a mel frame.
+        weights: "net", or "ema" for their averages, whose metrics have names of their own.
     """
 
     store: CheckpointStore
@@ -56,14 +57,22 @@ class Evaluation:
     euler_steps: int
     pictures: int
     frame_seconds: float
+    weights: Literal["net", "ema"] = "net"
+
+    @property
+    def metrics(self) -> tuple[str, str]:
+        """The names of the validation loss and of the distance of sampled mels."""
+        return f"val_loss{self._mark}", f"mel_distance{self._mark}"
+
+    @property
+    def _mark(self) -> str:
+        return AVERAGED if self.weights == "ema" else ""
 
     @property
     def on(self) -> dict[str, str]:
         """By metric, what it is computed on."""
-        return {
-            "val_loss": self.data.identity,
-            "mel_distance": f"{self.data.identity}, {self.euler_steps} Euler steps",
-        }
+        loss, distance = self.metrics
+        return {loss: self.data.identity, distance: f"{self.data.identity}, {self.euler_steps} Euler steps"}
 
     @property
     def work(self) -> int:
@@ -73,7 +82,7 @@ class Evaluation:
     def unscored(self) -> list[CheckpointInfo]:
         """The checkpoints that lack a score on this data, ascending."""
         known = self.store.scores(on=self.on)
-        return [info for info, scores in known.items() if not all(metric in scores for metric in METRICS)]
+        return [info for info, scores in known.items() if not all(metric in scores for metric in self.metrics)]
 
     def score(self, infos: Sequence[CheckpointInfo], done: Callable[[], object] = lambda: None) -> Iterator[Scored]:
         """Score checkpoints, write the scores down, and draw mels; one checkpoint at a time is in memory.
@@ -81,13 +90,15 @@ class Evaluation:
         A damaged one, and one that is pruned meanwhile, is told and left out.
 
         Raises:
-            StateError: if a checkpoint does not fit the model.
+            StateError: if a checkpoint does not fit the model, or has not the weights that are scored.
             CheckpointError: if the run can't be read or written.
         """
         for info in infos:
             try:
-                load_weights(self.model, self.store.load(info))
+                load_weights(self.model, self.store.load(info), self.weights)
                 yield self._scored(info, done)
+            except StateError as error:
+                raise StateError(f"{info.name} can't be scored: {error}") from None
             except (CorruptCheckpointError, CheckpointNotFoundError) as error:
                 yield Scored(info, {}, str(error))
 
@@ -101,7 +112,7 @@ class Evaluation:
             if len(samples) < self.pictures:
                 samples.append((clip, sampled))
             done()
-        scores = {"val_loss": loss, "mel_distance": fmean(distances)}
+        scores = dict(zip(self.metrics, (loss, fmean(distances)), strict=True))
         self.store.add_scores(info, scores, on=self.on)
         return Scored(info, scores, picture=self._draw(info, scores, samples))
 
@@ -130,6 +141,6 @@ class Evaluation:
         ]
         numbers = ", ".join(f"{metric} {value:.4f}" for metric, value in scores.items())
         picture = mel_picture(f"{self.store.run_name}, step {info.step}: {numbers}", rows)
-        name = picture_name(info.name)
+        name = picture_name(info.name, self._mark)
         self.store.storage.below(_PICTURES).publish(name, len(picture), [memoryview(picture)], overwrite=True)
         return f"{_PICTURES}/{name}"

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 
-__all__ = ["cache_folder", "picture_name"]
+__all__ = ["AVERAGED", "cache_folder", "picture_name"]
+
+AVERAGED = "_ema"
+"""Ends the names of metrics of averaged weights, so that they are never compared with others."""
 
 
 def cache_folder() -> str:
@@ -13,6 +16,6 @@ def cache_folder() -> str:
     return os.path.join(home, "seedvc-train")
 
 
-def picture_name(checkpoint: str) -> str:
-    """Name of the picture of a checkpoint's mels, from that of its file."""
-    return f"{checkpoint.rpartition('.')[0] or checkpoint}.png"
+def picture_name(checkpoint: str, mark: str = "") -> str:
+    """Name of the picture of a checkpoint's mels, from that of its file and the mark of the metrics it belongs to."""
+    return f"{checkpoint.rpartition('.')[0] or checkpoint}{mark}.png"

@@ -65,13 +65,13 @@ def _averages(checkpoint: dict[str, Any], module: str, tensors: dict[str, Tensor
     return dict(zip(names, averages, strict=True))
 
 
-def load_weights(model: nn.ModuleDict, checkpoint: dict[str, Any]) -> None:
-    """Copy the weights of ``net`` into the model; every name and shape has to fit.
+def load_weights(model: nn.ModuleDict, checkpoint: dict[str, Any], which: str = "net") -> None:
+    """Copy the weights of ``net``, or the averages, into the model; every name and shape has to fit.
 
     Raises:
-        StateError: listing what does not fit; the model is unchanged then.
+        StateError: listing what does not fit, or that there are no averages; the model is unchanged then.
     """
-    given, wanted = flat(weights_of(checkpoint)), model.state_dict()
+    given, wanted = flat(weights_of(checkpoint, which)), model.state_dict()
     problems = [f"{name}: missing" for name in wanted if name not in given]
     problems += [f"{name}: not in the model" for name in given if name not in wanted]
     problems += misfits(given, wanted)

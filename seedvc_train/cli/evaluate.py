@@ -36,6 +36,8 @@ __all__ = ["command"]
 @click.option("--dataset-dir", metavar="DIR", help="The recordings of a run that held some of them out.")
 @click.option("--val-split", type=fraction, metavar="FRACTION", help="How many of them.  [default: as in training]")
 @click.option("--config", metavar="YAML", help="Describes the model.  [default: the run's own copy]")
+@click.option("--weights", type=click.Choice(["net", "ema"]), default="net", show_default=True,
+              help="The trained ones, or their averages: val_loss_ema and mel_distance_ema.")  # fmt: skip
 @click.option("--euler-steps", type=click.IntRange(min=1), default=10, show_default=True, help="Of sampled mels.")
 @click.option("--pictures", type=click.IntRange(min=0), default=3, show_default=True, metavar="N",
               help="Draw the mels of N clips for each checkpoint.")  # fmt: skip
@@ -162,6 +164,7 @@ def _evaluation(
         options["euler_steps"],
         options["pictures"],
         sound.spect_params.hop_length / sound.sr,
+        options["weights"],
     )
 
 
@@ -205,23 +208,22 @@ def _shown(evaluation: Evaluation) -> str:
 
 def _print(evaluation: Evaluation, results: list[Scored], *, drawn: bool) -> None:
     from seedvc_ckpt.cli.output import columns
-    from seedvc_train.evaluate import METRICS
 
     click.echo(f"on {evaluation.data.identity}")
     if not results:
         click.echo("all checkpoints are scored on these clips already")
         return
     scored = [found.scores for found in results if found.scores]
-    best = {metric: min((scores[metric] for scores in scored), default=None) for metric in METRICS}
+    best = {metric: min((scores[metric] for scores in scored), default=None) for metric in evaluation.metrics}
     rows = [
         (
             str(found.info.step),
-            *(_number(found.scores.get(metric), best[metric]) for metric in METRICS),
+            *(_number(found.scores.get(metric), best[metric]) for metric in evaluation.metrics),
             found.picture or ("NOT SCORED" if found.problem else ""),
         )
         for found in results
     ]
-    columns(rows, ["step", *METRICS, ""], " ".join(["step", *METRICS]))
+    columns(rows, ["step", *evaluation.metrics, ""], " ".join(["step", *evaluation.metrics]))
     for found in results:
         if found.problem:
             click.echo(f"{click.style('not scored:', fg='red')} {found.problem}", err=True)

@@ -13,7 +13,7 @@ from jinja2 import Environment, StrictUndefined
 
 from seedvc_ckpt.cli.output import readable_size
 from seedvc_ckpt.manifest import library_version
-from seedvc_train.places import picture_name
+from seedvc_train.places import AVERAGED, picture_name
 from seedvc_train.report.charts import Chart
 from seedvc_train.report.history import History, Line
 
@@ -83,8 +83,9 @@ def _best_pictures(history: History) -> Iterator[tuple[str, list[str]]]:
     """The names of the best checkpoints' pictures, each with the metrics that they are best by."""
     for it in history.checkpoints:
         metrics = [metric for metric in it.scores if history.best(metric) == it.step]
-        if metrics:
-            yield picture_name(it.name), metrics
+        for mark in ("", AVERAGED):
+            if of := [metric for metric in metrics if metric.endswith(AVERAGED) == bool(mark)]:
+                yield picture_name(it.name, mark), of
 
 
 def _scored_on(history: History) -> list[tuple[str, str]]:

@@ -18,6 +18,7 @@ from seedvc_ckpt.cli import commands
 from seedvc_ckpt.storage import read_file
 from seedvc_train.cli import command
 from seedvc_train.corpus import write_demo_corpus
+from seedvc_train.weights import weights_of
 
 _places = count()
 
@@ -181,6 +182,41 @@ def test_a_run_can_be_scored_while_it_trains(run: Path, held_out: Path) -> None:
         assert by_step(run).keys() == {6}
     finally:
         holder.communicate(b"\n")
+
+
+def test_averaged_weights_have_scores_of_their_own(recordings: Path, held_out: Path, tmp_path: Path) -> None:
+    """With --weights ema the averages are scored, as export gives them, and never compared with the trained weights."""
+    runs.train(recordings, tmp_path, max_steps=4, save_every=2, ema=0.5)
+    run = tmp_path / "run"
+    trained = answer(evaluate(run, "--every", "--val-dir", held_out, "--pictures", 1, "--json"))["checkpoints"]
+    words = ["--every", "--weights", "ema", "--val-dir", held_out, "--pictures", 1]
+    averaged = answer(evaluate(run, *words, "--json"))["checkpoints"]
+    assert [found["step"] for found in averaged] == [2, 4]
+    assert [*averaged[0]["scores"]] == ["val_loss_ema", "mel_distance_ema"]
+    assert by_step(run) == {found["step"]: found["scores"]["val_loss"] for found in trained}
+    scores = by_step(run, "val_loss_ema")
+    assert scores == {found["step"]: found["scores"]["val_loss_ema"] for found in averaged}
+    assert all(scores[step] != by_step(run)[step] for step in (2, 4))
+    assert [it["picture"].rpartition("_")[2] for it in averaged] == ["ema.png"] * 2
+    assert len(list((run / "mels").iterdir())) == 4
+    assert "already" in evaluate(run, *words).stdout
+
+    alone = CheckpointStore(tmp_path / "alone")  # the averages as the trained weights of another run
+    state = CheckpointStore(run).load(4)
+    model = weights_of(state, "ema")
+    alone.save({**state, "net": model}, 4, settings={"features": "builtin"})
+    shutil.copy(runs.CONFIG, tmp_path / "alone")
+    answer(evaluate(tmp_path / "alone", "--val-dir", held_out, "--json"))
+    assert by_step(tmp_path / "alone")[4] == scores[4]
+    assert by_step(tmp_path / "alone", "mel_distance")[4] == by_step(run, "mel_distance_ema")[4]
+
+
+def test_without_averages_they_cannot_be_scored(run: Path, held_out: Path) -> None:
+    """What is missing, and in which checkpoint, is said."""
+    result = evaluate(run, "--weights", "ema", "--val-dir", held_out)
+    message = str(result.exception)
+    assert "step_00006.pth can't be scored: it holds no averaged weights" in message
+    assert not (run / "scores.jsonl").exists()
 
 
 def test_checkpoints_may_be_named_otherwise(run: Path, held_out: Path) -> None:

@@ -220,7 +220,7 @@ def test_every_kind_of_event_is_marked(tmp_path: Path) -> None:
         "ended (1)": [(31, 7)],
     }
     lines = {line.get_label(): list(line.get_xdata()) for line in figure.axes[0].get_lines()}
-    assert lines == {"loss of the step": [10, 20, 30], "running loss": [10, 20, 30], "resumed": [20, 20],
+    assert lines == {"of the step": [10, 20, 30], "running": [10, 20, 30], "resumed": [20, 20],
                      "set aside": [30, 30]}  # fmt: skip
     assert "10 logged steps trained again" in page_of(tmp_path).text
 
@@ -282,7 +282,8 @@ def test_pictures_of_mels_are_inside(tmp_path: Path) -> None:
     values = [{"name": NAME.format(0, step), "step": step, "size": 1, "digest": "",
                "scores": {"val_loss": abs(step - 7.1), "mel_distance": abs(step - 3.1), "wer": abs(step - 7.1)}}
               for step in range(1, 13)]  # fmt: skip
-    write(tmp_path / "scores.jsonl", values)
+    averaged = {"name": NAME.format(0, 3), "step": 3, "size": 1, "digest": "", "scores": {"val_loss_ema": 1.0}}
+    write(tmp_path / "scores.jsonl", [*values, averaged])
     page = page_of(tmp_path)
     shown = [int(line.split("step_")[1][:5]) for line in page.text.splitlines() if ".png" in line]
     assert shown == [12, 7, 3, 11, 10, 9, 8, 6, 5, 4, 2, 1]
@@ -290,6 +291,8 @@ def test_pictures_of_mels_are_inside(tmp_path: Path) -> None:
     assert "step_00003.png – lowest mel_distance" in page.text
     assert "step_00012.png – the newest" in page.text
     assert "9 more, the newest first" in page.text
+    (mels / NAME.format(0, 3).replace(".pth", "_ema.png")).write_bytes(buffer.getvalue())
+    assert "step_00003_ema.png – lowest val_loss_ema" in page_of(tmp_path).text
 
 
 def test_many_pictures_do_not_swell_the_page(tmp_path: Path) -> None:
@@ -334,12 +337,12 @@ def test_validation_losses_are_drawn_beside_those_of_training(tmp_path: Path) ->
     logged = [metric(step, **({"val_loss": 3.0 + step} if step in (2, 4) else {})) for step in range(1, 6)]
     write(tmp_path / "metrics.jsonl", logged)
     lines = {line.get_label(): line for line in charts._loss(history(tmp_path)).axes[0].get_lines()}
-    assert list(lines["validation loss"].get_xdata()) == [2, 4]
-    assert list(lines["validation loss"].get_ydata()) == [5, 7]
+    assert list(lines["validation"].get_xdata()) == [2, 4]
+    assert list(lines["validation"].get_ydata()) == [5, 7]
     assert charts._loss(history(tmp_path)).axes[0].get_ylim()[1] > 7
     write(tmp_path / "metrics.jsonl", [metric(1), metric(2)])
     lines = {line.get_label(): line for line in charts._loss(history(tmp_path)).axes[0].get_lines()}
-    assert "validation loss" not in lines
+    assert "validation" not in lines
 
 
 def test_checkpoints_may_be_named_otherwise(tmp_path: Path) -> None:
