@@ -71,6 +71,38 @@ def save_campplus(path: Path) -> Path:
     return path
 
 
+def save_rmvpe(
+    path: Path, weight: np.ndarray | None = None, *, bins: int = 128, classes: int = 360, block: int = 32
+) -> str:
+    """An ONNX file of RMVPE's interface whose network is one matrix and a sigmoid; it takes whole blocks of frames."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    if weight is None:
+        weight = np.random.default_rng(0).standard_normal((bins, classes)).astype(np.float32) / 4
+    nodes = [
+        helper.make_node("Reshape", ["mel", "blocks"], ["blocked"]),
+        helper.make_node("Reshape", ["blocked", "whole"], ["heard"]),
+        helper.make_node("Transpose", ["heard"], ["frames"], perm=[0, 2, 1]),
+        helper.make_node("MatMul", ["frames", "weight"], ["logits"]),
+        helper.make_node("Sigmoid", ["logits"], ["salience"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "rmvpe",
+        [helper.make_tensor_value_info("mel", TensorProto.FLOAT, [1, bins, "frames"])],
+        [helper.make_tensor_value_info("salience", TensorProto.FLOAT, [1, "frames", classes])],
+        [
+            numpy_helper.from_array(weight, "weight"),
+            numpy_helper.from_array(np.array([1, bins, -1, block]), "blocks"),
+            numpy_helper.from_array(np.array([1, bins, -1]), "whole"),
+        ],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(model, path)
+    return str(path)
+
+
 def made_up(name: str, like: torch.Tensor) -> torch.Tensor:
     """Uniform values from the name alone, at a scale at which what goes in still tells in what comes out."""
     if not like.is_floating_point():

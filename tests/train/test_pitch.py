@@ -6,12 +6,11 @@ import sys
 from importlib import resources
 
 import numpy as np
-import onnx
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from onnx import TensorProto, helper, numpy_helper
+from pretrained_models import save_rmvpe
 from torch.utils.data import DataLoader
 from voices import seconds, sung
 
@@ -26,36 +25,9 @@ def cents(a, b):
     return 1200 * np.log2(np.asarray(a) / np.asarray(b))
 
 
-def rmvpe_file(path, weight=None, *, bins=128, classes=360, block=32) -> str:
-    """An ONNX file of RMVPE's interface whose network is one matrix and a sigmoid; it takes whole blocks of frames."""
-    if weight is None:
-        weight = np.random.default_rng(0).standard_normal((bins, classes)).astype(np.float32) / 4
-    nodes = [
-        helper.make_node("Reshape", ["mel", "blocks"], ["blocked"]),
-        helper.make_node("Reshape", ["blocked", "whole"], ["heard"]),
-        helper.make_node("Transpose", ["heard"], ["frames"], perm=[0, 2, 1]),
-        helper.make_node("MatMul", ["frames", "weight"], ["logits"]),
-        helper.make_node("Sigmoid", ["logits"], ["salience"]),
-    ]
-    graph = helper.make_graph(
-        nodes,
-        "rmvpe",
-        [helper.make_tensor_value_info("mel", TensorProto.FLOAT, [1, bins, "frames"])],
-        [helper.make_tensor_value_info("salience", TensorProto.FLOAT, [1, "frames", classes])],
-        [
-            numpy_helper.from_array(weight, "weight"),
-            numpy_helper.from_array(np.array([1, bins, -1, block]), "blocks"),
-            numpy_helper.from_array(np.array([1, bins, -1]), "whole"),
-        ],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    onnx.save(model, path)
-    return str(path)
-
-
 @pytest.fixture
 def rmvpe(tmp_path) -> Rmvpe:
-    return Rmvpe(rmvpe_file(tmp_path / "rmvpe.onnx"))
+    return Rmvpe(save_rmvpe(tmp_path / "rmvpe.onnx"))
 
 
 @pytest.mark.parametrize("sr", [16_000, 22_050, 44_100])
@@ -220,7 +192,7 @@ def test_rmvpe_gives_what_its_network_says(tmp_path, weight, sr, samples):
     """The same pitch as computed by hand; one frame for each 160 samples at 16 kHz, and one more."""
     t = np.arange(samples) / sr
     wave = sung(np.where((t % 0.4) < 0.2, 150 + 50 * t, 0.0), sr, noise=1e-4)
-    f0 = Rmvpe(rmvpe_file(tmp_path / "rmvpe.onnx", weight))(wave, sr).numpy()
+    f0 = Rmvpe(save_rmvpe(tmp_path / "rmvpe.onnx", weight))(wave, sr).numpy()
     heard = resample(wave.numpy(), sr, SR)
     assert f0.dtype == np.float32
     assert f0.shape == (len(heard) // 160 + 1,)
@@ -266,7 +238,7 @@ def test_rmvpe_agrees_with_seedvc_around_the_same_network(seedvc_wheel, tmp_path
     arguments = [str(seedvc_wheel), str(tmp_path / "given.npz"), str(tmp_path / "out.npy")]
     subprocess.run([sys.executable, "-c", ORACLE, *arguments], check=True, capture_output=True, text=True, timeout=120)
     expected = np.load(tmp_path / "out.npy")
-    f0 = Rmvpe(rmvpe_file(tmp_path / "rmvpe.onnx", weight))(wave, SR).numpy()
+    f0 = Rmvpe(save_rmvpe(tmp_path / "rmvpe.onnx", weight))(wave, SR).numpy()
     assert 0.2 < (expected > 0).mean() < 0.95
     assert f0.shape == expected.shape
     np.testing.assert_allclose(f0, expected, rtol=1e-4)
@@ -309,8 +281,8 @@ def test_loader_processes_hear_the_same_bits(name, rmvpe):
 def test_an_identity_names_the_weights_and_no_path(tmp_path, weight):
     """The same file elsewhere is the same estimator, another file is another."""
     (tmp_path / "elsewhere").mkdir()
-    here, there = (Rmvpe(rmvpe_file(tmp_path / name, weight)) for name in ("a.onnx", "elsewhere/b.onnx"))
-    other = Rmvpe(rmvpe_file(tmp_path / "c.onnx", weight + 1))
+    here, there = (Rmvpe(save_rmvpe(tmp_path / name, weight)) for name in ("a.onnx", "elsewhere/b.onnx"))
+    other = Rmvpe(save_rmvpe(tmp_path / "c.onnx", weight + 1))
     assert here.identity == there.identity != other.identity
     assert str(tmp_path) not in here.identity
     assert SwiftF0().identity.startswith("swift-f0 0.")
@@ -320,7 +292,7 @@ def test_an_identity_names_the_weights_and_no_path(tmp_path, weight):
 def test_the_estimator_follows_the_option(tmp_path):
     """A path means RMVPE, none means SwiftF0."""
     assert isinstance(pitch_estimator(), SwiftF0)
-    assert isinstance(pitch_estimator(rmvpe_file(tmp_path / "rmvpe.onnx")), Rmvpe)
+    assert isinstance(pitch_estimator(save_rmvpe(tmp_path / "rmvpe.onnx")), Rmvpe)
 
 
 def broken_files(folder):
@@ -330,7 +302,7 @@ def broken_files(folder):
     (folder / "page.onnx").write_text("<!doctype html><title>404</title>")
     (folder / "empty.onnx").write_bytes(b"")
     (folder / "swift.onnx").write_bytes(swift)
-    whole = rmvpe_file(folder / "cut.onnx")
+    whole = save_rmvpe(folder / "cut.onnx")
     data = (folder / "cut.onnx").read_bytes()
     (folder / "cut.onnx").write_bytes(data[: len(data) // 2])
     return {
@@ -342,9 +314,9 @@ def broken_files(folder):
         "empty": (str(folder / "empty.onnx"), "not an RMVPE network"),
         "cut": (whole, "not an RMVPE network"),
         "another model": (str(folder / "swift.onnx"), "not an RMVPE network"),
-        "other bins": (rmvpe_file(folder / "bins.onnx", bins=80), "not an RMVPE network"),
-        "other blocks": (rmvpe_file(folder / "blocks.onnx", block=48), "not an RMVPE network"),
-        "other classes": (rmvpe_file(folder / "classes.onnx", classes=256), "not an RMVPE network"),
+        "other bins": (save_rmvpe(folder / "bins.onnx", bins=80), "not an RMVPE network"),
+        "other blocks": (save_rmvpe(folder / "blocks.onnx", block=48), "not an RMVPE network"),
+        "other classes": (save_rmvpe(folder / "classes.onnx", classes=256), "not an RMVPE network"),
     }
 
 
@@ -364,8 +336,8 @@ def test_a_file_of_the_wrong_kind_is_named_with_the_remedy(tmp_path, capfd):
 def test_a_file_that_changes_during_training_is_refused(tmp_path, weight):
     """A loader process that reopens the file hears the network that the run began with, or says so."""
     path = tmp_path / "rmvpe.onnx"
-    estimator = pickle.dumps(Rmvpe(rmvpe_file(path, weight)))
-    rmvpe_file(path, weight + 1)
+    estimator = pickle.dumps(Rmvpe(save_rmvpe(path, weight)))
+    save_rmvpe(path, weight + 1)
     with pytest.raises(EncoderError, match="was replaced"):
         pickle.loads(estimator)(torch.zeros(SR), SR)
 
