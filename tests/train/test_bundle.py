@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import pretrained_models
 import pytest
 import runs
 import torch
@@ -296,3 +297,44 @@ def test_a_run_agrees_with_its_own_config(preset: str, recordings: Path, tmp_pat
     judged = CliRunner().invoke(commands, ["check-deploy", str(tmp_path / "run" / WEIGHTS), str(tmp_path / preset)])
     assert judged.exit_code == 1
     assert "1 problem\n" in judged.stdout
+
+
+def on_encoders(preset: str, folder: Path) -> tuple[Path, dict[str, Any]]:
+    """A small preset for small encoders of its own kind, and the options to train with them."""
+    config = small(preset)
+    params = config["model_params"]
+    if preset == TINY:
+        encoder, dim = pretrained_models.save_xlsr(folder / "encoder"), pretrained_models.XLSR_DIM
+        params["speech_tokenizer"]["output_layer"] = 2
+    else:
+        encoder, dim = pretrained_models.save_whisper(folder / "encoder", window=30), pretrained_models.WHISPER_DIM
+    params["speech_tokenizer"]["name"] = str(encoder)
+    params["length_regulator"]["in_channels"] = dim
+    (folder / preset).write_text(yaml.safe_dump(config))
+    return folder / preset, {"campplus": pretrained_models.save_campplus(folder / "campplus.bin")}
+
+
+@pytest.mark.parametrize("preset", [TINY, SMALL, LARGE])
+def test_a_run_on_encoders_is_bundled_and_fits_no_other_preset(
+    preset: str, recordings: Path, tmp_path: Path, full: bool
+) -> None:
+    """Trained, exported and checked by the commands: the recommended config with pitch, the two others likewise."""
+    if preset != LARGE and not full:
+        pytest.skip("the recommended preset is enough; --full trains all three")
+    config, options = on_encoders(preset, tmp_path)
+    done = runs.train(recordings, tmp_path, config=config, max_steps=2, batch_size=1, feature_cache="off", **options)
+    assert done.exit_code == 0, done.exception or done.output
+    folder = tmp_path / "out"
+    bundle(tmp_path / "run", folder)
+    judge = CliRunner()
+    fits = judge.invoke(commands, ["check-deploy", str(folder / WEIGHTS), str(folder / preset)])
+    assert fits.exit_code == 0, fits.stdout
+    for other in {TINY, SMALL, LARGE} - {preset}:
+        (tmp_path / "other").mkdir(exist_ok=True)
+        path, _ = on_encoders(other, tmp_path / "other")
+        judged = judge.invoke(commands, ["check-deploy", str(folder / WEIGHTS), str(path)])
+        told = " ".join(judged.stdout.split())
+        assert judged.exit_code == 1
+        assert "random values" in told
+        assert ("44100" in told) == (LARGE in (preset, other))
+        assert ("pitch" in told) == (LARGE in (preset, other))
