@@ -23,6 +23,8 @@ _OF_THE_SERVICE = (
     "model_params.length_regulator.n_f0_bins",
     "model_params.DiT.f0_condition",
 )
+# what runs were made with before there were options to change it
+_BEFORE = {"precision": "fp32", "tf32": False, "accumulate": 1, "ema": None, "val_split": None}
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class Settings:
         """The settings that a checkpoint keeps."""
         text = bytes(plain["files"].tolist()).decode("utf-8", "surrogateescape")
         entries = (line.split(" ", 1) for line in text.split("\0") if line)
-        return cls(dict(plain["values"]), {path: digest for digest, path in entries})
+        return cls({**_BEFORE, **plain["values"]}, {path: digest for digest, path in entries})
 
     def changes(self, now: Settings) -> list[str]:
         """In words, what differs in `now`; empty when the run can go on as the same run."""

@@ -176,6 +176,23 @@ def test_changed_settings_are_refused_with_a_diff(recordings: Path, tmp_path: Pa
     assert (tmp_path / "run" / "aside" / "config_dit_mini.yml").read_bytes() == runs.CONFIG.read_bytes()
 
 
+def test_a_run_from_before_an_option_goes_on_with_its_default(recordings: Path, tmp_path: Path) -> None:
+    """What a checkpoint does not tell was as it is without the option; anything else is a change."""
+    runs.train(recordings, tmp_path / "whole", max_steps=4, save_every=4)
+    runs.train(recordings, tmp_path / "older", max_steps=2, save_every=2)
+    with CheckpointStore(tmp_path / "older" / "run") as store:
+        state = store.load(2)
+        for name in ("precision", "tf32", "accumulate", "ema", "val_split"):
+            del state["seedvc_train"]["settings"]["values"][name]
+        store.save(state, 2, overwrite=True)
+    other = runs.train(recordings, tmp_path / "older", max_steps=4, precision="bf16", accumulate=2)
+    assert "precision: fp32 then, bf16 now" in str(other.exception)
+    assert "accumulate: 1 then, 2 now" in str(other.exception)
+    assert "tf32" not in str(other.exception)
+    assert runs.train(recordings, tmp_path / "older", max_steps=4, save_every=4).exit_code == 0
+    assert differences(tmp_path / "whole" / "run", tmp_path / "older" / "run") == []
+
+
 def test_changed_data_is_refused_with_a_diff(tmp_path: Path) -> None:
     """New, missing and altered clips are named before a run goes on with them."""
     recordings = tmp_path / "recordings"
