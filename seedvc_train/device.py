@@ -13,6 +13,7 @@ from typing import cast
 import torch
 from torch import nn
 
+from seedvc_ckpt.threads import available_cores
 from seedvc_train.model.flow_matching import FlowMatching
 
 __all__ = [
@@ -20,11 +21,13 @@ __all__ = [
     "compile_model",
     "compiler_errors",
     "find_device",
+    "listeners",
     "prepare_device",
     "wants_pinned_memory",
 ]
 
 _COMPILER = "inductor"
+_MOST_LISTENERS = 8  # clips that are heard at once; each takes up to 1 GB
 
 
 class DeviceError(ValueError):
@@ -103,3 +106,8 @@ def compiler_errors() -> Iterator[None]:
             raise
         reason = str(error).strip().partition("\n")[0]
         raise DeviceError(f"--compile: torch can't compile the model here: {reason}\nLeave --compile out") from error
+
+
+def listeners(device: torch.device) -> int:
+    """How many threads hear clips at the same time on a device."""
+    return min(available_cores(), _MOST_LISTENERS) if device.type == "cpu" else 2  # one decodes, one encodes

@@ -21,7 +21,10 @@ from seedvc_train.dataset import Corpus, Item, check_rate, mixed_seed, one_threa
 from seedvc_train.features import FrontEnd
 from seedvc_train.features.stored import DamagedFeaturesError, as_bytes, check, read
 
-__all__ = ["CachedClips", "FeatureCache", "FeatureCacheError"]
+__all__ = ["CachedClips", "Disguise", "FeatureCache", "FeatureCacheError"]
+
+Disguise = Callable[[str, int], torch.Generator]
+"""From a clip's digest and the number of a copy to what is random about that copy."""
 
 _FORMAT = 1  # to be raised whenever the same recording gets other features by the same settings
 _SHIFTED = "shifted_content"
@@ -49,13 +52,25 @@ class FeatureCache:
         mel: computes their mel spectrograms.
         front_end: hears the rest; must stand being called from several threads.
         shifts: disguised copies of each clip.
+        disguise: decides them, if not as for training.
+        purpose: names what they are for then, and is part of the recipe.
 
     Raises:
         ValueError: ``mel`` expects another sample rate than the corpus is read at.
     """
 
-    def __init__(self, folder: str, corpus: Corpus, mel: MelSpectrogram, front_end: FrontEnd, shifts: int) -> None:
+    def __init__(
+        self,
+        folder: str,
+        corpus: Corpus,
+        mel: MelSpectrogram,
+        front_end: FrontEnd,
+        shifts: int,
+        disguise: Disguise | None = None,
+        purpose: str = "",
+    ) -> None:
         check_rate(corpus, mel)
+        self._disguise, self._purpose = disguise or _training_disguise, purpose
         self.folder, self.corpus, self.shifts = folder, corpus, shifts
         self._mel, self._front_end = mel, front_end
         self._identity = front_end.identity  # a digest of weights need not be computed for each clip
@@ -157,7 +172,7 @@ class FeatureCache:
 
     def _hear(self, index: int) -> dict[str, torch.Tensor]:
         clip, wave = self.corpus.clips[index], self.corpus.read(index)
-        shifts = [torch.Generator().manual_seed(mixed_seed(int(clip.digest, 16), k)) for k in range(self.shifts)]
+        shifts = [self._disguise(clip.digest, k) for k in range(self.shifts)]
         with torch.no_grad():
             heard = self._front_end(wave, self.corpus.sr, shifts)
             tensors = {"mel": self._mel(wave), "content": heard.content, "style": heard.style}
@@ -177,6 +192,7 @@ class FeatureCache:
                 "mel": self._mel.settings,
                 "front end": self._identity,
                 "shifts": self.shifts,
+                **({"purpose": self._purpose} if self._purpose else {}),
             }
         )
 
@@ -191,6 +207,10 @@ class FeatureCache:
                 storage.remove_leftover(leftover)
             except StorageError as error:  # it takes room, no more
                 _log.warning("%s", error)
+
+
+def _training_disguise(digest: str, number: int) -> torch.Generator:
+    return torch.Generator().manual_seed(mixed_seed(int(digest, 16), number))
 
 
 class CachedClips(Dataset[Item]):

@@ -7,8 +7,10 @@ state is read or changed.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from hashlib import blake2b
 from statistics import fmean
 from typing import cast
@@ -16,13 +18,25 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from seedvc_ckpt.threads import in_parallel
 from seedvc_train.audio import MelSpectrogram
-from seedvc_train.dataset import Clip, Corpus, Item
+from seedvc_train.dataset import Clip, Corpus, Item, one_thread
+from seedvc_train.feature_cache import FeatureCache
 from seedvc_train.features import FrontEnd
+from seedvc_train.features.stored import DamagedFeaturesError
 from seedvc_train.model import FlowMatching, evaluating
 from seedvc_train.model.dit import length_mask
 
-__all__ = ["GUIDANCE", "Sampled", "ValidationClip", "ValidationError", "ValidationSet", "hear", "split"]
+__all__ = [
+    "GUIDANCE",
+    "Sampled",
+    "ValidationClip",
+    "ValidationError",
+    "ValidationSet",
+    "hear",
+    "split",
+    "validation_cache",
+]
 
 _VERSION = 1  # of the numbers: those of another version don't compare
 _TIMES = 8  # of the flow, for each clip
@@ -144,28 +158,69 @@ class ValidationSet:
 
 
 def hear(
-    corpus: Corpus, mel: MelSpectrogram, front_end: FrontEnd, done: Callable[[], object] = lambda: None
+    corpus: Corpus,
+    mel: MelSpectrogram,
+    front_end: FrontEnd,
+    done: Callable[[], object] = lambda: None,
+    *,
+    threads: int = 1,
+    cache: FeatureCache | None = None,
 ) -> ValidationSet:
     """Listen to all clips of a corpus, once for all validations; they stay in memory.
+
+    Each clip is heard by one thread of torch's, so that what is heard is the same with a cache and without.
 
     Args:
         corpus: The recordings.
         mel: As in training.
         front_end: As in training.
-        done: Called after each clip.
+        done: Called after each clip, by one thread at a time.
+        threads: How many clips are heard at the same time.
+        cache: `validation_cache` of the same; what it holds is not heard again.
 
     Raises:
         DatasetError: if a file has changed since the scan.
+        FeatureCacheError: if the cache can't be written.
     """
-    clips = []
-    for index, clip in enumerate(corpus.clips):
-        wave = corpus.read(index)
-        with torch.no_grad():
-            heard = front_end(wave, corpus.sr, [_generator(clip.digest, "shift")])
-            item = Item(mel(wave), heard.content, heard.shifted_contents[0], heard.style, heard.f0)
-        clips.append(ValidationClip(clip, item))
-        done()
-    return ValidationSet(tuple(clips), _identity([clip.clip for clip in clips], corpus.sr, front_end.identity))
+    items: dict[int, Item] = {}
+    guard = threading.Lock()
+
+    def listen(index: int) -> None:
+        items[index] = _hear(corpus, index, mel, front_end) if cache is None else _cached(cache, index)
+        with guard:
+            done()
+
+    with one_thread():  # the threads that are started now take it over
+        in_parallel([partial(listen, index) for index in range(len(corpus.clips))], threads)
+    clips = tuple(ValidationClip(clip, items[index]) for index, clip in enumerate(corpus.clips))
+    return ValidationSet(clips, _identity(corpus.clips, corpus.sr, front_end.identity))
+
+
+def validation_cache(folder: str, corpus: Corpus, mel: MelSpectrogram, front_end: FrontEnd) -> FeatureCache:
+    """Where what `hear` hears can be kept from run to run; training's own files in the folder are others."""
+    return FeatureCache(folder, corpus, mel, front_end, 1, _disguise, f"validation {_VERSION}")
+
+
+def _hear(corpus: Corpus, index: int, mel: MelSpectrogram, front_end: FrontEnd) -> Item:
+    wave = corpus.read(index)
+    with torch.no_grad():
+        heard = front_end(wave, corpus.sr, [_disguise(corpus.clips[index].digest, 0)])
+        return Item(mel(wave), heard.content, heard.shifted_contents[0], heard.style, heard.f0)
+
+
+def _cached(cache: FeatureCache, index: int) -> Item:
+    try:
+        item = cache.item(index, 0)
+    except DamagedFeaturesError:
+        cache.repair([index])
+        item = cache.item(index, 0)
+    # a file that is damaged under a run, whose memory theirs is, must not change its later scores
+    mel, content, shifted, style = (it.clone() for it in (item.mel, item.content, item.shifted_content, item.style))
+    return Item(mel, content, shifted, style, None if item.f0 is None else item.f0.clone())
+
+
+def _disguise(digest: str, _number: int) -> torch.Generator:
+    return _generator(digest, "shift")
 
 
 def _identity(clips: Sequence[Clip], sr: int, front_end: str) -> str:

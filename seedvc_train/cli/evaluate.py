@@ -141,7 +141,7 @@ def _evaluation(
     from tqdm import tqdm
 
     from seedvc_train.audio import MelSpectrogram
-    from seedvc_train.device import DeviceError, find_device, prepare_device
+    from seedvc_train.device import DeviceError, find_device, listeners, prepare_device
     from seedvc_train.evaluate import Evaluation
     from seedvc_train.model import build_model
     from seedvc_train.validation import hear
@@ -156,7 +156,7 @@ def _evaluation(
     front_end = _front_end(config, beside, options, device, trained)
     mel = MelSpectrogram(sound.sr, **sound.spect_params.model_dump())
     with tqdm(total=len(corpus.clips), desc="listening", unit="clip", disable=None) as bar:
-        data = hear(corpus, mel, front_end, bar.update)
+        data = hear(corpus, mel, front_end, bar.update, threads=listeners(device))
     return Evaluation(
         store,
         build_model(config.model_params).to(device),

@@ -26,7 +26,6 @@ __all__ = ["command"]
 _PRESET = os.path.join(os.path.dirname(os.path.dirname(__file__)), "presets", "config_dit_mel_demo_tiny.yml")
 _NEEDED = ("numpy", "soundfile", "soxr", "tqdm")
 _SHIFTS = 4  # fewer, and the network may learn the disguises; each costs as much time and room as the clip itself
-_MOST_LISTENERS = 8  # clips that are heard at once; each takes up to 1 GB
 
 
 def _resume(_ctx: click.Context, _parameter: click.Parameter, value: str) -> str:
@@ -146,6 +145,7 @@ def _train(options: dict[str, Any]) -> int:
         compile_model,
         compiler_errors,
         find_device,
+        listeners,
         prepare_device,
         wants_pinned_memory,
     )
@@ -162,7 +162,7 @@ def _train(options: dict[str, Any]) -> int:
     from seedvc_train.saving import Saving
     from seedvc_train.settings import Settings
     from seedvc_train.state import TrainingState
-    from seedvc_train.validation import hear
+    from seedvc_train.validation import hear, validation_cache
 
     if options["tensorboard"]:
         from seedvc_train.tensorboard import FOLDER, TensorBoard, show_scores
@@ -193,7 +193,10 @@ def _train(options: dict[str, Any]) -> int:
     validation = None
     if held_out is not None:
         prepare_device(device, tf32=False)  # as evaluate listens, whose numbers are to compare
-        validation = hear(held_out, mel, front_end)
+        kept = validation_cache(cache.folder, held_out, mel, front_end) if cache else None
+        if kept is not None:
+            _fill(kept, device, "validation features")
+        validation = hear(held_out, mel, front_end, threads=listeners(device), cache=kept)
         prepare_device(device, tf32=options["tf32"])
 
     seed_all(seed)
@@ -223,7 +226,7 @@ def _train(options: dict[str, Any]) -> int:
         run.keep_config(store.storage, options["config"])
         if cache is not None:
             prepare_device(device, tf32=False)  # runs without it share the cache
-            _fill(cache, device)
+            _fill(cache, device, "features")
             prepare_device(device, tf32=options["tf32"])
         limits = Limits(
             options["max_steps"],
@@ -312,18 +315,17 @@ def _feature_cache(
     return FeatureCache(folder, corpus, mel, front_end, options["shifts"] or _SHIFTS)
 
 
-def _fill(cache: FeatureCache, device: torch.device) -> None:
+def _fill(cache: FeatureCache, device: torch.device, what: str) -> None:
     """Compute what the cache lacks, and say so."""
     from seedvc_ckpt.cli.output import readable_size
-    from seedvc_ckpt.threads import available_cores
+    from seedvc_train.device import listeners
     from seedvc_train.progress import ClipProgress
 
     missing = cache.missing()
-    threads = min(available_cores(), _MOST_LISTENERS) if device.type == "cpu" else 2  # one decodes, one encodes
-    with ClipProgress("computing features", len(missing)) as progress:
-        computed = cache.fill(missing, threads, progress.step)
+    with ClipProgress(f"computing {what}", len(missing)) as progress:
+        computed = cache.fill(missing, listeners(device), progress.step)
     found, size = len(cache.corpus.clips) - computed, readable_size(cache.nbytes())
-    _say(f"features: {found} clips from the cache, {computed} computed; {size} in {cache.folder}")
+    _say(f"{what}: {found} clips from the cache, {computed} computed; {size} in {cache.folder}")
 
 
 def _below(log_dir: str, name: str) -> str:

@@ -537,6 +537,20 @@ def test_the_command_says_what_it_did(recordings, tmp_path):
         assert "features:" not in runs.train(recordings, tmp_path, run_name=f"{off}", feature_cache=off).output
 
 
+def test_what_is_validated_on_is_kept_too(recordings, tmp_path, monkeypatch):
+    """A second start hears no clip of the validation again, and finds the scores that are found without a cache."""
+    options = {"val_dir": recordings, "max_steps": 2, "save_every": 1}
+    first = runs.train(recordings, tmp_path, **options, feature_cache=tmp_path / "cache")
+    assert "validation features: 0 clips from the cache, 6 computed" in first.output
+    monkeypatch.setattr(BuiltinFrontEnd, "__call__", Deaf.__call__)
+    second = runs.train(recordings, tmp_path, **options, feature_cache=tmp_path / "cache", run_name="again")
+    assert second.return_value == 0, second.exception
+    assert "validation features: 6 clips from the cache, 0 computed" in second.output
+    lines = [[line["val_loss"] for line in runs.metrics(tmp_path / name)] for name in ("run", "again")]
+    assert lines[0] == lines[1]
+    assert len(lines[0]) == 2
+
+
 def test_what_changes_the_numbers_is_recorded_and_the_folder_is_not(recordings, tmp_path):
     """A run goes on with another folder, but not with another number of copies or without the cache, unless told to."""
     runs.train(recordings, tmp_path, feature_cache=tmp_path / "cache", max_steps=2)

@@ -18,10 +18,12 @@ from torch import nn
 from seedvc_train.audio import MelSpectrogram
 from seedvc_train.config import load_config
 from seedvc_train.dataset import Clip, Corpus, scan
+from seedvc_train.feature_cache import FeatureCache
+from seedvc_train.features import FrontEnd
 from seedvc_train.features.builtin import BuiltinFrontEnd
 from seedvc_train.model import build_model
 from seedvc_train.pictures import MelRow, mel_picture
-from seedvc_train.validation import ValidationError, ValidationSet, hear, split
+from seedvc_train.validation import ValidationError, ValidationSet, hear, split, validation_cache
 
 CONFIG = load_config(runs.CONFIG)
 PARAMS = CONFIG.model_params
@@ -60,6 +62,55 @@ def model() -> nn.ModuleDict:
 def random_states() -> tuple[object, ...]:
     numpy = np.random.get_state()
     return torch.get_rng_state().tolist(), random.getstate(), numpy[1].tolist(), numpy[2:]
+
+
+class Deaf:
+    """What a front end must not be asked for."""
+
+    def __init__(self, identity: str) -> None:
+        self.identity = identity
+
+    def __call__(self, *_: object) -> None:
+        raise AssertionError("a clip was heard again")
+
+
+def test_a_cache_changes_no_bit(
+    model: nn.ModuleDict, corpus: Corpus, mel: MelSpectrogram, front_end: BuiltinFrontEnd, tmp_path: Path
+) -> None:
+    """Kept, read or mended, in whatever number of threads: what is heard, and the loss, are those of no cache."""
+    plain = hear(corpus, mel, front_end)
+    heard_all = len(corpus.clips)
+
+    def listening(front_end: FrontEnd, threads: int) -> ValidationSet:
+        done: list[int] = []
+        cache = validation_cache(str(tmp_path), corpus, mel, front_end)
+        data = hear(corpus, mel, front_end, lambda: done.append(1), threads=threads, cache=cache)
+        assert len(done) == heard_all
+        assert data.identity == plain.identity
+        return data
+
+    deaf = Deaf(front_end.identity)
+    first, again = listening(front_end, 2), listening(deaf, 2)
+    damaged = min(tmp_path.iterdir())
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    mended = listening(front_end, 1)
+    for other in (first, again, mended, hear(corpus, mel, front_end, threads=3)):
+        for one, two in zip(plain.clips, other.clips, strict=True):
+            assert one.clip == two.clip
+            for left, right in zip(vars(one.item).values(), vars(two.item).values(), strict=True):
+                assert left is right is None or torch.equal(left, right)
+        assert other.loss(model) == plain.loss(model)
+
+
+def test_training_and_validation_share_a_folder_and_no_file(
+    corpus: Corpus, mel: MelSpectrogram, front_end: BuiltinFrontEnd, tmp_path: Path
+) -> None:
+    """Their disguises of a clip differ, even where both keep one."""
+    training = FeatureCache(str(tmp_path), corpus, mel, front_end, 1)
+    validating = validation_cache(str(tmp_path), corpus, mel, front_end)
+    assert {training.path(index) for index in range(6)}.isdisjoint(validating.path(index) for index in range(6))
+    training.fill(range(6), 1)
+    assert validating.missing() == [*range(6)]
 
 
 def test_validating_changes_nothing(
