@@ -86,7 +86,18 @@ class Client:
         """Begin a coroutine on fsspec's own loop, which runs in a thread: callers may be inside another loop."""
         from fsspec.asyn import get_loop
 
-        return asyncio.run_coroutine_threadsafe(coroutine, get_loop())
+        begun: list[Future[_T]] = []
+
+        async def call() -> _T:
+            try:
+                return await coroutine
+            except Exception:
+                if any(future.cancelled() for future in begun):  # nobody asks any more, and asyncio would print it
+                    raise asyncio.CancelledError from None
+                raise
+
+        begun.append(asyncio.run_coroutine_threadsafe(call(), get_loop()))
+        return begun[0]
 
     def wait(self, future: Future[_T], seconds: float = DEADLINE) -> _T:
         """Its result; given up, and cancelled, after so long or at an interruption.

@@ -1,6 +1,8 @@
 """What is special about SFTP: names that are given by a rename, connections that break, a server on a disk."""
 
+import asyncio
 import contextlib
+import gc
 import itertools
 import os
 import socket
@@ -506,6 +508,29 @@ def test_a_connection_that_is_being_made_keeps_no_other_store_waiting():
 
     connecting = Client(lambda: connecting.run(use_other(), 5.0), "a key of ours", Redactor())
     assert connecting.fs is other.fs
+
+
+def test_a_call_that_was_given_up_fails_in_silence(caplog):
+    """What it raises when it is cancelled, such as that its connection is closed, is printed by nobody."""
+    begun, ended = threading.Event(), threading.Event()
+
+    async def interrupted():
+        begun.set()
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.set()
+            raise OSError("connection closed")
+
+    client = Client(object, "", Redactor())
+    future = client.start(interrupted())
+    assert begun.wait(10)
+    future.cancel()
+    assert ended.wait(10)
+    client.run(asyncio.sleep(0.1))
+    del future
+    gc.collect()
+    assert caplog.text == ""
 
 
 # --- leftovers -------------------------------------------------------------------------------------------------------
