@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import NamedTuple, Protocol
 
-__all__ = ["ABSENT", "ANY", "WRITE_ID", "Bucket", "ConditionFailedError", "Found", "Upload"]
+__all__ = ["ABSENT", "ANY", "WRITE_ID", "Bucket", "Bytes", "ConditionFailedError", "Found", "Upload"]
 
 ANY = None
 """The condition that always holds."""
 ABSENT = ""
 """The condition that there is no object of that name. Any other text: that its object still has this tag."""
+
+Bytes = bytes | memoryview
+"""What a service answered, wherever it lies in memory."""
 
 WRITE_ID = "writeid"
 """The metadata by which a write whose answer was lost is recognised."""
@@ -80,7 +83,7 @@ class Bucket(Protocol):
     async def head(self, key: str) -> Found | None:
         """An object with its write id, None where there is none."""
 
-    async def read(self, key: str, start: int, size: int, tag: str) -> bytes:
+    async def read(self, key: str, start: int, size: int, tag: str) -> Bytes:
         """Bytes of an object. Raises FileNotFoundError if it is gone, or no longer the one with this tag."""
 
     async def put(self, key: str, content: bytes, write_id: str, condition: str | None) -> None:

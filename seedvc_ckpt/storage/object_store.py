@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from seedvc_ckpt.errors import CheckpointError, CheckpointNotFoundError, LeaseHeldError, SaveFailedError, StorageError
 from seedvc_ckpt.storage import Lease, Stat, numbered
-from seedvc_ckpt.storage.bucket import ABSENT, ANY, Bucket, ConditionFailedError, Found, Upload
+from seedvc_ckpt.storage.bucket import ABSENT, ANY, Bucket, Bytes, ConditionFailedError, Found, Upload
 from seedvc_ckpt.storage.condition import Finding, note
 from seedvc_ckpt.storage.leftovers import Leftover, is_temporary, temporary_name, this_machine, why_dead
 from seedvc_ckpt.storage.promises import examine_store, probe_bucket, probed
@@ -78,7 +78,7 @@ class ObjectStorage:
         if found is None:
             raise CheckpointNotFoundError(f"there is no file {name} in {self._location}")
 
-        def fetch(offset: int, size: int) -> Future[bytes]:
+        def fetch(offset: int, size: int) -> Future[Bytes]:
             return self._client.start(self._bucket.read(found.key, offset, size, found.tag))
 
         return RemoteBlob(self._url(name), found.size, fetch, self._client.wait, self._words)
@@ -192,7 +192,7 @@ class ObjectStorage:
         if found is None or not found.size:
             return None if found is None else b""
         try:
-            return self._ask("read from", self._bucket.read(found.key, 0, found.size, found.tag))
+            return bytes(self._ask("read from", self._bucket.read(found.key, 0, found.size, found.tag)))
         except FileNotFoundError:
             return None
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import ctypes
 import threading
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from types import TracebackType
 
 from seedvc_ckpt.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError, StorageError
+from seedvc_ckpt.storage.bucket import Bytes
 
 __all__ = ["RemoteBlob"]
 
-_BLOCK = 8 << 20  # bytes a request; more gain nothing
-_WINDOW = 64 << 20  # bytes that wait to be read
+_BLOCK = 16 << 20  # bytes a request; more gain nothing
+_WINDOW = 96 << 20  # bytes that wait to be read
 _GAP = 64 << 10  # bytes between two stretches that cost less than another request
 _TAIL = 256 << 10  # bytes; directory, manifest and pickle of most checkpoints in one request
 _CRUMBS = 64 << 10  # bytes of a block that nobody may want: padding, and records that were read before
@@ -37,8 +39,8 @@ class RemoteBlob:
         self,
         name: str,
         size: int,
-        fetch: Callable[[int, int], Future[bytes]],
-        wait: Callable[[Future[bytes]], bytes],
+        fetch: Callable[[int, int], Future[Bytes]],
+        wait: Callable[[Future[Bytes]], Bytes],
         explain: Callable[[Exception], str],
         close: Callable[[], object] = lambda: None,
     ) -> None:
@@ -48,7 +50,7 @@ class RemoteBlob:
         self._wait = wait
         self._explain = explain
         self._close = close
-        self._tail: bytes | None = None
+        self._tail: Bytes | None = None
         self._blocks: Sequence[_Block] = ()
         self._starts: Sequence[int] = ()
         self._next = 0
@@ -114,7 +116,7 @@ class RemoteBlob:
             raise self._ended(self.size)
         return memoryview(found)[offset - tail : offset - tail + size]
 
-    def _content(self, block: _Block) -> bytes:
+    def _content(self, block: _Block) -> Bytes:
         with self._guard:
             if block.future is None:
                 self._sweep()
@@ -163,7 +165,7 @@ class RemoteBlob:
                     self._free(block)
             self._blocks = self._starts = ()
 
-    def _got(self, future: Future[bytes], offset: int, size: int) -> bytes:
+    def _got(self, future: Future[Bytes], offset: int, size: int) -> Bytes:
         try:
             found = self._wait(future)
         except CheckpointError as error:
@@ -188,7 +190,7 @@ class _Block:
         self.end = end
         self.left = wanted
         self.spent = False
-        self.future: Future[bytes] | None = None
+        self.future: Future[Bytes] | None = None
 
 
 def _blocks(stretches: Sequence[tuple[int, int]]) -> Iterable[_Block]:
@@ -201,12 +203,15 @@ def _blocks(stretches: Sequence[tuple[int, int]]) -> Iterable[_Block]:
             joined.append([(start, end)])
     for group in joined:
         first, last = group[0][0], group[-1][1]
-        for at in range(first - first % _BLOCK, last, _BLOCK):
-            start, end = max(at, first), min(at + _BLOCK, last)
-            yield _Block(start, end, sum(max(0, min(end, b) - max(start, a)) for a, b in group))
+        wanted = Counter[int]()
+        for start, end in group:
+            for number in range(start // _BLOCK, -(-end // _BLOCK)):
+                wanted[number] += min(end, (number + 1) * _BLOCK) - max(start, number * _BLOCK)
+        for number in range(first // _BLOCK, -(-last // _BLOCK)):
+            yield _Block(max(number * _BLOCK, first), min((number + 1) * _BLOCK, last), wanted[number])
 
 
-def _copy(content: bytes, start: int, buffer: memoryview) -> None:
+def _copy(content: Bytes, start: int, buffer: memoryview) -> None:
     """Fill `buffer` from `start`; where it is large, other threads run meanwhile: one receives what follows."""
     size = len(buffer)
     if size < _LARGE or type(content) is not bytes or start + size > len(content):

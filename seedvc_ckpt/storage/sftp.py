@@ -21,6 +21,7 @@ from asyncssh import SFTPAttrs
 from seedvc_ckpt.errors import CheckpointNotFoundError, SaveFailedError, StorageError
 from seedvc_ckpt.storage import Lease, Stat, numbered
 from seedvc_ckpt.storage import sftp_requests as requests
+from seedvc_ckpt.storage.bucket import Bytes
 from seedvc_ckpt.storage.condition import Finding, problem
 from seedvc_ckpt.storage.leftovers import Leftover, temporary_name, this_machine, why_dead
 from seedvc_ckpt.storage.promises import Promises, examine_store, probed
@@ -502,17 +503,17 @@ class _Reading:
         self._client = client
         self._open = open_
         self._file, self.found = open_()
-        self._asked: WeakKeyDictionary[Future[bytes], tuple[OpenFile, int, int]] = WeakKeyDictionary()
+        self._asked: WeakKeyDictionary[Future[Bytes], tuple[OpenFile, int, int]] = WeakKeyDictionary()
         self._guard = threading.Lock()
 
-    def fetch(self, offset: int, size: int) -> Future[bytes]:
+    def fetch(self, offset: int, size: int) -> Future[Bytes]:
         """Begin to read."""
         file = self._file
-        future = self._client.start(file.read(offset, size))
+        future: Future[Bytes] = self._client.start(file.read(offset, size))
         self._asked[future] = file, offset, size
         return future
 
-    def wait(self, future: Future[bytes]) -> bytes:
+    def wait(self, future: Future[Bytes]) -> Bytes:
         """What was read, a second time if need be. Raises FileNotFoundError if the file is another by now."""
         try:
             return self._client.wait(future)

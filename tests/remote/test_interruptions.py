@@ -64,13 +64,13 @@ class Child:
         return os.waitstatus_to_exitcode(status), self._lines.count(b"s")
 
 
-def settled(store):
-    """What is listed when a server has done what it was asked for by a client that is gone."""
-    before, infos = None, store.list()
-    while infos != before:
+def settled(look):
+    """What is seen when a server has done what it was asked for by a client that is gone."""
+    before, found = None, look()
+    while found != before:
         time.sleep(0.2)
-        before, infos = infos, store.list()
-    return infos
+        before, found = found, look()
+    return found
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
@@ -86,7 +86,7 @@ def test_an_interrupted_save_publishes_nothing(how, remote, chance, full, tally)
         time.sleep(chance.uniform(0.0, 0.8))
         code, acknowledged = child.end(how)
         assert code == (130 if how == signal.SIGINT else -how)
-        infos = settled(store)
+        infos = settled(store.list)
         newest = infos[-1].step if infos else 0
         # the request that was under way when it was killed may have made one more appear
         assert newest in (reached + acknowledged, reached + acknowledged + 1)
@@ -113,14 +113,16 @@ def test_uploads_of_dead_writers_are_found(weed, chance):
     for _ in range(20):
         child = Child(url, options)
         child.wait_until_saving()
-        time.sleep(0.15)
-        alive = _uploads(storage)
+        time.sleep(chance.uniform(0, 0.3))
+        while not _uploads(storage):
+            time.sleep(0.01)
         assert storage.leftovers() == []
         child.end(signal.SIGKILL)
-        if alive and storage.leftovers():
+        uploads, leftovers = settled(lambda: (_uploads(storage), storage.leftovers()))
+        if leftovers:
             break
-    assert _uploads(storage)
-    assert "is gone" in storage.leftovers()[0].why
+    assert uploads
+    assert "is gone" in leftovers[0].why
     assert len(CheckpointStore(url, storage_options=options).collect_garbage()) == 1
     assert (_uploads(storage), storage.leftovers()) == ([], [])
 

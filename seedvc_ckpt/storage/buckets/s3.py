@@ -7,7 +7,8 @@ from datetime import timezone
 from io import BytesIO
 from typing import Any
 
-from seedvc_ckpt.storage.bucket import ABSENT, WRITE_ID, ConditionFailedError, Found, Upload
+from seedvc_ckpt.storage.bucket import ABSENT, WRITE_ID, Bytes, ConditionFailedError, Found, Upload
+from seedvc_ckpt.storage.buckets.s3_transfers import Transfers
 from seedvc_ckpt.storage.remote import Client, failure_of
 
 __all__ = ["S3Bucket"]
@@ -23,6 +24,7 @@ class S3Bucket:
     def __init__(self, client: Client, name: str) -> None:
         self._client = client
         self._name = name
+        self._transfers = Transfers(client, name)
 
     async def list(self, prefix: str) -> Sequence[Found]:
         """By pages of 1,000."""
@@ -43,8 +45,11 @@ class S3Bucket:
             return None
         return _found(key, answer["ContentLength"], answer)
 
-    async def read(self, key: str, start: int, size: int, tag: str) -> bytes:
+    async def read(self, key: str, start: int, size: int, tag: str) -> Bytes:
         """GetObject of a range, if the object still has this tag."""
+        received = await self._transfers.read(key, start, size, tag)
+        if received is not None:
+            return received
         for attempt in range(_READ_ATTEMPTS):
             try:
                 answer = await self._call("get_object", Key=key, Range=f"bytes={start}-{start + size - 1}", IfMatch=tag)
@@ -70,6 +75,15 @@ class S3Bucket:
         metadata = {**self._client.fs.s3_additional_kwargs.get("Metadata", {}), WRITE_ID: write_id}
         answer = await self._call("create_multipart_upload", Key=key, Metadata=metadata)
         return _Multipart(self, key, answer["UploadId"], condition)
+
+    async def send(self, key: str, upload: str, number: int, content: bytes) -> str:
+        """UploadPart, numbered from 1; its tag."""
+        tag = await self._transfers.send(key, upload, number, content)
+        if tag is None:
+            body = BytesIO(content)
+            answer = await self._call("upload_part", Key=key, UploadId=upload, PartNumber=number, Body=body)
+            tag = str(answer["ETag"])
+        return tag
 
     async def delete(self, key: str, tag: str | None = None) -> None:
         """DeleteObject; without the condition where the server knows none."""
@@ -116,10 +130,7 @@ class _Multipart:
         self._parts: dict[int, str] = {}
 
     async def part(self, number: int, content: bytes, *, last: bool) -> None:  # noqa: ARG002
-        answer = await self._bucket._call(  # noqa: SLF001
-            "upload_part", Key=self._key, UploadId=self.id, PartNumber=number + 1, Body=BytesIO(content)
-        )
-        self._parts[number] = answer["ETag"]
+        self._parts[number] = await self._bucket.send(self._key, self.id, number + 1, content)
 
     async def complete(self) -> None:
         parts = [{"PartNumber": number + 1, "ETag": self._parts[number]} for number in sorted(self._parts)]
