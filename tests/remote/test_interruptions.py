@@ -14,6 +14,7 @@ import writer
 
 from seedvc_ckpt import CheckpointStore, keep_last
 from seedvc_ckpt.storage import open_storage
+from seedvc_ckpt.storage.leftovers import is_temporary
 
 SIZE = 5_500_000  # floats: two parts of an upload
 
@@ -108,17 +109,17 @@ def test_an_interrupted_save_publishes_nothing(how, remote, chance, full, tally)
 
 def test_uploads_of_dead_writers_are_found(weed, chance):
     """S3 keeps the parts of an upload that nobody completes: gc aborts them, of dead writers only."""
-    url, options = weed.url(f"uploads-{chance.random()}"), weed.options
-    storage = open_storage(url, storage_options=options)
-    for _ in range(20):
+    for number in range(20):
+        url, options = weed.url(f"uploads-{number}-{chance.random()}"), weed.options
+        storage = open_storage(url, storage_options=options)
         child = Child(url, options)
         child.wait_until_saving()
         time.sleep(chance.uniform(0, 0.3))
-        while not _uploads(storage):
+        while not any(is_temporary(entry.name) for entry in storage.list()):  # an upload that is announced
             time.sleep(0.01)
         assert storage.leftovers() == []
         child.end(signal.SIGKILL)
-        uploads, leftovers = settled(lambda: (_uploads(storage), storage.leftovers()))
+        uploads, leftovers = settled(lambda storage=storage: (_uploads(storage), storage.leftovers()))
         if leftovers:
             break
     assert uploads
