@@ -45,15 +45,18 @@ def chance(request: pytest.FixtureRequest) -> random.Random:
     return random.Random(f"{request.config.getoption('randomly_seed')} {request.node.nodeid}")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Tensors are worked on by one thread: small ones are faster so, and a forked child has no others to wait for."""
+    """Tensors are worked on by one thread, in processes that tests start too.
+
+    Small ones are faster so, many times where the machine is busy; and a forked child has no others to wait for.
+    """
     import torch
 
-    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
 
 
 @pytest.fixture(scope="module")

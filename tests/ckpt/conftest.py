@@ -16,11 +16,6 @@ DATA = Path(__file__).parents[1] / "data"
 _numbers = count()
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _fast(one_thread):
-    """Other tests compare with processes that have all threads."""
-
-
 @pytest.fixture
 def data():
     """The folder of the golden files."""

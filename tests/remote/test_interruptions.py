@@ -19,9 +19,6 @@ from seedvc_ckpt.storage.leftovers import is_temporary
 SIZE = 5_500_000  # floats: two parts of an upload
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 class Child:
     """A fork of this process that saves step after step, and can be killed."""
 

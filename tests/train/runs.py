@@ -7,11 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from click.testing import CliRunner, Result
 
 from seedvc_ckpt import CheckpointStore
 from seedvc_ckpt.format.compare import compare
-from seedvc_train.cli import command
+from seedvc_train import cli
 
 DATA = Path(__file__).parent.parent / "data"
 GENUINE = DATA / "run_from_seedvc"
@@ -39,7 +40,16 @@ def arguments(recordings: Path, logs: Path, **options: object) -> list[str]:
 
 def train(recordings: Path, logs: Path, **options: object) -> Result:
     """Run the command in this process."""
-    return CliRunner().invoke(command, arguments(recordings, logs, **options), standalone_mode=False)
+    return CliRunner().invoke(cli.command, arguments(recordings, logs, **options), standalone_mode=False)
+
+
+def main(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[object, str]:
+    """Be the command, as a shell starts it, in this process: the exit code and what was written to standard error."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["seedvc-train", *map(str, words)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+    return end.value.code, capsys.readouterr().err
 
 
 def start(recordings: Path, logs: Path, **options: object) -> subprocess.Popen[str]:

@@ -19,7 +19,6 @@ from seedvc_train.corpus import write_demo_corpus
 from seedvc_train.features.campplus import CampplusEncoder, CampplusNetwork, kaldi_fbank
 from seedvc_train.features.weights import EncoderError, build_empty, fill
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 GOLDEN = Path(__file__).parent.parent / "data" / "campplus_made_up.npy"
 REFERENCE = """
 import sys

@@ -33,7 +33,6 @@ from seedvc_train.features.seedvc import SeedVCFrontEnd
 from seedvc_train.features.weights import EncoderError
 from seedvc_train.features.whisper import WhisperEncoder
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 PRESETS = json.loads((runs.DATA / "presets.json").read_text())
 REPO = "someone/whisper-small-one"
 

@@ -117,9 +117,6 @@ def training_loss(model, batch, prompt_lens, **given):
     return cfm.loss(batch["x"], batch["x_lens"], prompt_lens, batch["cond"], batch["style"], **given)
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(1234)

@@ -12,10 +12,12 @@ import pytest
 import runs
 import torch
 from runs import differences
+from zygote import Child, be_command
 
 from seedvc_ckpt import CheckpointStore
 from seedvc_ckpt.file import CheckpointFile
 from seedvc_ckpt.format.compare import compare
+from seedvc_train.cli import main
 from seedvc_train.corpus import write_demo_corpus
 
 _STEPS = 60
@@ -34,21 +36,22 @@ def test_ten_kills_change_no_bit(recordings: Path, tmp_path: Path) -> None:
     run = tmp_path / "killed" / "run"
     seed = random.SystemRandom().randrange(1 << 32)
     moments = random.Random(seed)
+    words = ["seedvc-train", *runs.arguments(recordings, tmp_path / "killed", **options)]
+    output = tmp_path / "output.txt"
     for kill in range(_KILLS):
-        process = runs.start(recordings, tmp_path / "killed", **options)
+        process = Child(lambda: be_command(main, words, output)).go()
         target = min(_STEPS - 2, (kill + 1) * _STEPS // (_KILLS + 1))
-        reached = 0
-        while process.poll() is None and reached < target:
+        reached, deadline = 0, time.monotonic() + 60
+        while reached < target and time.monotonic() < deadline:
             latest = CheckpointStore(run, read_only=True).latest()
             reached = latest.step if latest else 0
             time.sleep(0.002)
         deadline = time.monotonic() + 5
-        while kill % 2 and not list(run.glob(".tmp-*")) and process.poll() is None and time.monotonic() < deadline:
+        while kill % 2 and not list(run.glob(".tmp-*")) and time.monotonic() < deadline:
             pass
         time.sleep(moments.uniform(0, 0.02))
         process.kill()
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL, f"seed {seed}: ended by itself"
+        assert process.wait() == -signal.SIGKILL, f"seed {seed}: ended by itself\n{output.read_text()}"
     result = runs.train(recordings, tmp_path / "killed", **options)
     assert result.return_value == 0, result.output
     assert "resumed from step" in result.output
@@ -74,6 +77,21 @@ def test_workers_change_no_bit(recordings: Path, tmp_path: Path) -> None:
     runs.train(recordings, tmp_path / "two", max_steps=4, num_workers=2)
     runs.train(recordings, tmp_path / "two", max_steps=8, num_workers=1)
     assert differences(tmp_path / "none" / "run", tmp_path / "two" / "run") == []
+
+
+def test_two_threads_change_no_bit(recordings: Path, tmp_path: Path) -> None:
+    """Where two threads share the work on a tensor, an interrupted run ends as one left alone, too."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        runs.train(recordings, tmp_path / "whole", max_steps=4, save_every=4)
+        runs.train(recordings, tmp_path / "parted", max_steps=2, save_every=2, num_workers=2)
+        result = runs.train(recordings, tmp_path / "parted", max_steps=4, save_every=2)
+    finally:
+        torch.set_num_threads(threads)
+    assert "last bits may differ" not in result.output
+    assert differences(tmp_path / "whole" / "run", tmp_path / "parted" / "run") == []
+    assert CheckpointStore(tmp_path / "whole" / "run").load()["seedvc_train"]["environment"]["threads"] == 2
 
 
 def test_the_seed_matters(recordings: Path, tmp_path: Path) -> None:

@@ -19,8 +19,6 @@ from seedvc_train.features.weights import EncoderError
 from seedvc_train.features.whisper import WhisperEncoder
 from seedvc_train.features.xlsr import XlsrEncoder
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def whisper(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -38,16 +38,6 @@ def recordings(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def command(*words: object) -> subprocess.CompletedProcess[str]:
-    """Run seedvc-train in a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-m", "seedvc_train", *map(str, words)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
 def test_the_folder_looks_as_seedvc_leaves_it(recordings: Path, tmp_path: Path) -> None:
     """A finished run holds its newest checkpoints, ft_model.pth, the YAML under its own name and its logs."""
     runs.train(recordings, tmp_path, max_steps=10, save_every=4)
@@ -167,16 +157,16 @@ def test_every_preset_trains_when_it_is_made_small(recordings: Path, tmp_path: P
     ],
 )
 def test_mistakes_are_told_without_a_traceback(
-    recordings: Path, tmp_path: Path, words: list[str], code: int, said: str
+    recordings: Path, tmp_path: Path, words: list[str], code: int, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Each mistake gets a sentence that says what was found and an exit code, never a traceback."""
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken.yml").write_text("batch_size: 2\n")
     named = {"EMPTY": tmp_path / "empty", "BROKEN": tmp_path / "broken.yml", "CLIPS": recordings}
-    result = command("--log-dir", tmp_path / "logs", *(named.get(word, word) for word in words))
-    assert result.returncode == code, result.stderr
-    assert said in result.stderr
-    assert "Traceback" not in result.stderr
+    ended, errors = runs.main(capsys, "--log-dir", tmp_path / "logs", *(named.get(word, word) for word in words))
+    assert ended == code, errors
+    assert said in errors
+    assert "Traceback" not in errors
 
 
 def test_without_the_extra_it_says_what_to_install(tmp_path: Path) -> None:
