@@ -36,8 +36,10 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize("name", ["golden_tiny_tokens", "golden_wavenet_longskip"])
-def test_a_compiled_model_computes_the_same(traced: list[int], name: str) -> None:
+def test_a_compiled_model_computes_the_same(traced: list[int], name: str, full: bool) -> None:
     """Compiled, the model keeps its names and gives Seed-VC's outputs and gradients, for mels of any length."""
+    if name != "golden_wavenet_longskip" and not full:
+        pytest.skip("the model with more in it is enough; --full compiles the other too")
     golden = torch.load(runs.DATA / f"{name}.pth", weights_only=True)
     models = []
     for _ in range(2):
