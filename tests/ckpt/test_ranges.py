@@ -13,6 +13,7 @@ from seedvc_ckpt.storage.ranges import RemoteBlob
 from seedvc_ckpt.threads import in_parallel
 
 SIZE = 300 << 20
+BLOCK, WINDOW = 16 << 20, 96 << 20
 _PERIOD = bytes(random.Random(0).randrange(256) for _ in range(251))
 
 
@@ -66,9 +67,9 @@ def test_announced_bytes_are_fetched_once_and_little_of_them_waits():
 
     in_parallel([lambda stretch=stretch: read(*stretch) for stretch in stretches], threads=2)
     assert sum(end - start for start, end in served.fetched) == SIZE
-    assert served.most <= (64 + 3 * 8) << 20
+    assert served.most <= WINDOW + 3 * BLOCK
     assert served.blob._waiting == 0
-    assert len(served.fetched) <= SIZE // (8 << 20) + 1
+    assert len(served.fetched) <= SIZE // BLOCK + 1
 
 
 def test_only_what_is_announced_is_fetched():
@@ -86,11 +87,10 @@ def test_what_nobody_reads_does_not_hold_up_the_rest():
     """Headers that were announced and not read again are let go of when room is needed."""
     served = Served()
     served.blob.announce([(0, SIZE - (1 << 20))])
-    block = 8 << 20
-    for start in range(0, SIZE - (1 << 20), block):
-        end = min(start + block, SIZE - (1 << 20))
+    for start in range(0, SIZE - (1 << 20), BLOCK):
+        end = min(start + BLOCK, SIZE - (1 << 20))
         assert served.read(start + 100, end) == content(start + 100, end)
-        assert served.blob._waiting <= (64 + 8) << 20
+        assert served.blob._waiting <= WINDOW + BLOCK
     assert sum(end - start for start, end in served.fetched) == SIZE - (1 << 20)
 
 
@@ -135,8 +135,8 @@ def _done(value):
 def test_any_piece_of_what_arrived_is_handed_over(size):
     """Small and large pieces, from any place, and nothing beyond the piece is touched."""
     served = Served()
-    served.blob.announce([(0, 16 << 20)])
-    for start in (0, 7, (8 << 20) - 5, (16 << 20) - size):
+    served.blob.announce([(0, 2 * BLOCK)])
+    for start in (0, 7, BLOCK - 5, 2 * BLOCK - size):
         buffer = bytearray(b"\xaa" * (size + 20))
         served.blob.read_into(start, memoryview(buffer)[10 : 10 + size])
         assert buffer[10 : 10 + size] == content(start, start + size)
