@@ -17,7 +17,7 @@ from test_remote_contests import Writer
 from test_training import Commands
 
 from seedvc_ckpt import CheckpointError, CheckpointExistsError, CheckpointStore, CorruptCheckpointError, keep_last
-from seedvc_ckpt.cli.copy import command
+from seedvc_ckpt.cli import commands as seedvc_ckpt_commands
 from seedvc_ckpt.copying import copy_run, plan_copy
 from seedvc_ckpt.storage import read_file
 
@@ -110,7 +110,7 @@ def commands():
 
 
 def invoke(*words: object):
-    return CliRunner().invoke(command, [str(word) for word in words], standalone_mode=False)
+    return CliRunner().invoke(seedvc_ckpt_commands, ["copy", *map(str, words)], standalone_mode=False)
 
 
 def damage(path: Path) -> None:
