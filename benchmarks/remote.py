@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -148,36 +149,22 @@ def _obstore_get(place: _Place, folder: str) -> Callable[[str], object]:  # noqa
     return lambda name: obstore.get(store, place.key(name)).bytes()
 
 
-def _obstore_ranges(place: _Place, folder: str) -> Callable[[str], object]:  # noqa: ARG001
+def _obstore_ranges(place: _Place, folder: str, *, checked: bool = False) -> Callable[[str], object]:  # noqa: ARG001
+    """Ranges side by side; `checked` is what no resume can do without: a copy in memory of one's own, its checksum."""
     import obstore
 
     store = place.obstore()
 
     def download(name: str) -> object:
         size = obstore.head(store, place.key(name))["size"]
+        content = memoryview(bytearray(size if checked else 0))
 
         def part(start: int) -> object:
-            return obstore.get_range(store, place.key(name), start=start, end=min(size, start + 16 * _MIB))
-
-        with ThreadPoolExecutor(8) as pool:
-            return list(pool.map(part, range(0, size, 16 * _MIB)))
-
-    return download
-
-
-def _obstore_checked(place: _Place, folder: str) -> Callable[[str], object]:  # noqa: ARG001
-    """What no resume can do without: the bytes in memory of one's own, and their checksum."""
-    import obstore
-
-    store = place.obstore()
-
-    def download(name: str) -> object:
-        size = obstore.head(store, place.key(name))["size"]
-        content = memoryview(bytearray(size))
-
-        def part(start: int) -> int:
             end = min(size, start + 16 * _MIB)
-            content[start:end] = obstore.get_range(store, place.key(name), start=start, end=end)
+            received = obstore.get_range(store, place.key(name), start=start, end=end)
+            if not checked:
+                return received
+            content[start:end] = received
             return zlib.crc32(content[start:end])
 
         with ThreadPoolExecutor(8) as pool:
@@ -193,7 +180,7 @@ DOWNLOADS: Mapping[str, tuple[str, Callable[..., Callable[[str], object]]]] = {
     f"boto3 download_file{_TO_FILE}": ("boto3", _boto3_file),
     "obstore get": ("obstore", _obstore_get),
     "obstore get_range, 8 × 16 MiB": ("obstore", _obstore_ranges),
-    "the same, copied and CRC-32": ("obstore", _obstore_checked),
+    "the same, copied and CRC-32": ("obstore", partial(_obstore_ranges, checked=True)),
 }
 """Plain downloads into fresh memory, or a file in memory, by their names."""
 
