@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -87,3 +88,17 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
                 table = re.compile(rf"(?<=<!-- {part} -->\n).*?(?=<!-- end -->)", re.DOTALL)
                 before, _, after = table.sub("\0", _PAGE.read_text()).partition("\0")
                 _PAGE.write_text(before + measured(rows, seed, command) + after)
+
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The files of a key and of a certificate for 127.0.0.1 that only itself vouches for."""
+    folder = tmp_path_factory.mktemp("certificate")
+    key, found = folder / "key.pem", folder / "certificate.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", found, "-days", "2"]
+    extra = ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
+    try:
+        subprocess.run([*command, *extra], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"openssl can't make a certificate: {error}")
+    return key, found

@@ -6,14 +6,14 @@ when they are needed, so that listing and verifying start without it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
-__all__ = ["Source"]
+__all__ = ["Readable", "Source"]
 
 
-class Source(Protocol):
-    """Named bytes that can be read anywhere.
+class Readable(Protocol):
+    """Named bytes.
 
     Attributes:
         name: What errors call it.
@@ -33,8 +33,18 @@ class Source(Protocol):
             StorageError: if reading failed.
         """
 
+
+class Source(Readable, Protocol):
+    """Named bytes that can be read anywhere, by any thread."""
+
     def announce(self, stretches: Iterable[tuple[int, int]]) -> None:
         """Say which (start, end) will be read next, each once: what is far away is fetched ahead."""
+
+    def read_in_parallel(self, stretches: Sequence[tuple[int, int]], read: Callable[[Readable, int], object]) -> None:
+        """Call `read(stretch, number)` for each (start, end), several at a time, and raise what the first one raises.
+
+        `stretch` gives the file's bytes from start to end, to be read once, from front to back.
+        """
 
     def map(self) -> memoryview | None:
         """The bytes mapped into memory, writable without changing the file; None where that can't be done."""

@@ -5,17 +5,17 @@ from __future__ import annotations
 import struct
 import threading
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from seedvc_ckpt.errors import CorruptCheckpointError, UnsafeCheckpointError
-from seedvc_ckpt.format import Source
+from seedvc_ckpt.format import Readable, Source
 from seedvc_ckpt.format import zipbytes as zb
+from seedvc_ckpt.format.checksum import combined
 from seedvc_ckpt.format.zipbytes import Record
-from seedvc_ckpt.threads import in_parallel
 
 if TYPE_CHECKING:
     from seedvc_ckpt.manifest import Manifest
@@ -31,7 +31,11 @@ MAX_PICKLE = 64 << 20
 MAX_MANIFEST = 1 << 20
 _MAX_DIRECTORY = 64 << 20
 _TAIL = 64 << 10
-_CHUNK = 4 << 20
+_CHUNK = 1 << 20  # bytes that are read and checked while the processor's cache holds them
+_STRETCH = 32 << 20  # bytes that one thread reads after each other, by one request where they are far away
+_SHORTEST = 4 << 20  # bytes; shorter stretches would be many requests
+_SHARES = 12  # stretches of a small file: enough for all threads
+_GAP = 64 << 10  # bytes between two records that cost less than another request
 _KNOWN_FLAGS = 0x0808  # sizes after the data, names in UTF-8: what torch itself sets
 _DESCRIPTOR_FLAG = 0x0008
 _LEGACY_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"  # after the pickle's protocol and, in some, its length
@@ -112,43 +116,120 @@ class Archive:
         offsets = (self.records[name].header_offset for name in names)
         self.source.announce((offset, self._limits[offset]) for offset in offsets)
 
-    def fill(self, name: str, buffer: memoryview, *, verify: bool = True, holds: str = "") -> None:
+    def fill(self, name: str, buffer: memoryview, *, holds: str = "") -> None:
         """Read a whole record into `buffer`, which has its size.
 
         Raises:
             CorruptCheckpointError: if the bytes don't match the record's CRC-32; `holds` tells what is lost.
         """
-        if verify:
-            parts = (buffer[done : done + _CHUNK] for done in range(0, len(buffer), _CHUNK))
-            self._fill_and_check(name, parts, lambda _: holds)
-        else:
-            self.source.read_into(self.data_offset(name), buffer)
+        self._fill_and_check(name, _parts(buffer, len(buffer)), holds)
+
+    def read_records(
+        self,
+        names: Iterable[str],
+        into: Callable[[str], memoryview] | None = None,
+        done: Callable[[str], object] = lambda _: None,
+        *,
+        verify: bool = True,
+        holds: Callable[[str], str] = lambda _: "",
+        progress: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        """Read records side by side, and compare each with its CRC-32.
+
+        Args:
+            names: Which.
+            into: Gives the memory for a record, which has its size; without it they are only compared.
+            done: Called when a record is complete; from several threads, as the others are.
+            verify: Compare.
+            holds: What a record holds, for the error message.
+            progress: Called with the number of bytes read since the last call.
+
+        Raises:
+            CorruptCheckpointError: naming a damaged record.
+        """
+        pieces = [*self._pieces(names)]
+        groups = [*_groups(pieces, sum(piece.last - piece.first for piece in pieces) // _SHARES)]
+        left = Counter(piece.name for piece in pieces)
+        crcs: dict[str, dict[int, int]] = {piece.name: {} for piece in pieces}
+        guard, interrupted = threading.Lock(), threading.Event()
+
+        def read_one(stretch: Readable, piece: _Piece) -> None:
+            buffer = into(piece.name)[piece.start : piece.end] if into is not None else None
+            at = piece.first if piece.start else self.data_offset(piece.name, stretch)
+            crc = 0
+            for part in _parts(buffer, piece.end - piece.start):
+                stretch.read_into(at, part)
+                crc = zlib.crc32(part, crc) if verify else 0
+                at += len(part)
+                progress(len(part))
+                if interrupted.is_set():
+                    return
+            with guard:
+                crcs[piece.name][piece.start] = crc
+                left[piece.name] -= 1
+                complete = not left[piece.name]
+            if complete:
+                if verify and self._joined(piece.name, crcs[piece.name]) != self.records[piece.name].crc:
+                    raise _crc_error(self.source, piece.name, holds(piece.name))
+                done(piece.name)
+
+        def read(stretch: Readable, number: int) -> None:
+            try:
+                for piece in groups[number]:
+                    if not interrupted.is_set():
+                        read_one(stretch, piece)
+            except Exception:
+                raise
+            except BaseException:
+                interrupted.set()  # whoever pressed Ctrl-C does not want to wait for the other stretches
+                raise
+
+        self.source.read_in_parallel([(group[0].first, group[-1].last) for group in groups], read)
+
+    def _pieces(self, names: Iterable[str]) -> Iterator[_Piece]:
+        """The records in the file's order, the large ones cut."""
+        for name in sorted(names, key=lambda name: self.records[name].header_offset):
+            record = self.records[name]
+            contents = record.header_offset + len(zb.local_header(record)) if self.ours else 0
+            # where the contents begin in a file of others, only the header says, which the first piece reads
+            edges = [*range(0, record.size, _STRETCH), record.size] if self.ours and record.size else [0, record.size]
+            for start, end in pairwise(edges):
+                first = contents + start if start else record.header_offset
+                last = contents + end if end < record.size else self._limits[record.header_offset]
+                yield _Piece(name, start, end, first, last)
+
+    def _joined(self, name: str, crcs: Mapping[int, int]) -> int:
+        """The CRC-32 of a record from those of its pieces, by where they begin."""
+        crc = crcs[0]
+        for start, end in pairwise([*sorted(crcs)[1:], self.records[name].size]):
+            crc = combined(crc, crcs[start], end - start)
+        return crc
 
     def check(self, name: str, content: memoryview, holds: str = "") -> None:
         """Compare a record's contents with its CRC-32."""
         if zlib.crc32(content) != self.records[name].crc:
             raise _crc_error(self.source, name, holds)
 
-    def data_offset(self, name: str) -> int:
-        """Where a record's contents begin; checks its local header against the directory.
+    def data_offset(self, name: str, source: Readable | None = None) -> int:
+        """Where a record's contents begin; checks its local header, read from `source`, against the directory.
 
         Raises:
             CorruptCheckpointError: if it contradicts the directory or, in a file of this library, is not exactly what
                 was written.
         """
-        record = self.records[name]
+        record, source = self.records[name], source or self.source
         if self.ours:
             expected = zb.local_header(record)
             start = record.header_offset + len(expected)
-            if read(self.source, record.header_offset, len(expected)) != expected:
+            if read(source, record.header_offset, len(expected)) != expected:
                 raise _corrupt(self.source, name, "its header is not the one that was written")
             return start
-        header = read(self.source, record.header_offset, zb.LOCAL.size)
+        header = read(source, record.header_offset, zb.LOCAL.size)
         signature, _, flags, method, _, _, crc, packed, size, name_size, extra_size = zb.LOCAL.unpack(header)
         start = int(record.header_offset + zb.LOCAL.size + name_size + extra_size)
         if signature != zb.LOCAL_SIGNATURE or start + record.size > self._limits[record.header_offset]:
             raise _corrupt(self.source, name, "its header is damaged, or it overlaps what follows")
-        found = read(self.source, record.header_offset + zb.LOCAL.size, name_size)
+        found = read(source, record.header_offset + zb.LOCAL.size, name_size)
         later = bool(flags & _DESCRIPTOR_FLAG)
         sizes = {record.size, 0xFFFFFFFF} | ({0} if later else set())
         same_crc = crc == record.crc or (later and crc == 0)
@@ -171,42 +252,27 @@ class Archive:
             CorruptCheckpointError: naming the first damaged record.
         """
         self.check_layout()
-        self.announce(self.records)
         guard = threading.Lock()
 
         def one_at_a_time(count: int) -> None:
             with guard:
                 progress(count)
 
-        in_parallel([partial(self.verify_record, name, holds, one_at_a_time) for name in self.records])
+        self.read_records(self.records, holds=holds, progress=one_at_a_time)
 
-    def verify_record(
-        self,
-        name: str,
-        holds: Callable[[str], str] = lambda _: "",
-        progress: Callable[[int], None] = lambda _: None,
-    ) -> None:
+    def verify_record(self, name: str, holds: str = "") -> None:
         """Check one record's contents against its CRC-32, in bounded memory."""
-        size = self.records[name].size
-        buffer = memoryview(bytearray(min(_CHUNK, size)))
-        self._fill_and_check(name, (buffer[: size - done] for done in range(0, size, _CHUNK)), holds, progress)
+        self._fill_and_check(name, _parts(None, self.records[name].size), holds)
 
-    def _fill_and_check(
-        self,
-        name: str,
-        parts: Iterable[memoryview],
-        holds: Callable[[str], str],
-        progress: Callable[[int], None] = lambda _: None,
-    ) -> None:
+    def _fill_and_check(self, name: str, parts: Iterable[memoryview], holds: str) -> None:
         """Read a record part by part, each into its CRC-32 while the processor's cache still holds it."""
         at, crc = self.data_offset(name), 0
         for part in parts:
             self.source.read_into(at, part)
             crc = zlib.crc32(part, crc)
             at += len(part)
-            progress(len(part))
         if crc != self.records[name].crc:
-            raise _crc_error(self.source, name, holds(name))
+            raise _crc_error(self.source, name, holds)
 
     def check_layout(self) -> None:
         """Compare the directory, to the last byte, with what this library writes for these records.
@@ -225,7 +291,46 @@ class Archive:
             raise _corrupt(self.source, "the zip directory", "is not the one that was written")
 
 
-def read(source: Source, offset: int, size: int) -> bytes:
+class _Piece(NamedTuple):
+    """A stretch of a record.
+
+    Attributes:
+        name: The record.
+        start: First byte of it.
+        end: The byte after its last.
+        first: Where it begins in the file, the record's header included.
+        last: Where it ends there, with what follows up to the next record.
+    """
+
+    name: str
+    start: int
+    end: int
+    first: int
+    last: int
+
+
+def _groups(pieces: Iterable[_Piece], size: int) -> Iterator[list[_Piece]]:
+    """Neighbours together, up to about `size` bytes within limits."""
+    limit = min(_STRETCH, max(_SHORTEST, size))
+    group: list[_Piece] = []
+    for piece in pieces:
+        if group and (piece.last - group[0].first > limit or piece.first - group[-1].last > _GAP):
+            yield group
+            group = []
+        group.append(piece)
+    if group:
+        yield group
+
+
+def _parts(buffer: memoryview | None, size: int) -> Iterator[memoryview]:
+    """A buffer in chunks; without one, a chunk's memory again and again."""
+    if buffer is None:
+        chunk = memoryview(bytearray(min(_CHUNK, size)))
+        return (chunk[: size - done] for done in range(0, size, _CHUNK))
+    return (buffer[done : done + _CHUNK] for done in range(0, size, _CHUNK))
+
+
+def read(source: Readable, offset: int, size: int) -> bytes:
     """`size` bytes of `source` from `offset`."""
     buffer = bytearray(size)
     source.read_into(offset, memoryview(buffer))

@@ -149,13 +149,11 @@ def new_storage(nbytes: int) -> torch.UntypedStorage:
         CheckpointError: if there is not enough.
     """
     try:
-        storage = torch.empty(nbytes, dtype=torch.uint8, device="cpu").untyped_storage()
+        return torch.empty(nbytes, dtype=torch.uint8, device="cpu").untyped_storage()
     except RuntimeError:
         raise CheckpointError(
             f"no memory for a tensor of {nbytes:,} bytes: load with mmap=True, which reads what is used"
         ) from None
-    advise_huge_pages(storage.data_ptr(), nbytes)
-    return storage
 
 
 def advise_huge_pages(address: int, nbytes: int) -> None:

@@ -152,21 +152,29 @@ def decode(
     keys = {
         f"data/{leaf.storage.key}": leaf.storage.key for _, leaf in contents.walk(tree) if isinstance(leaf, TensorRef)
     }
-    read = _mapped_reader(archive) if mmap else _copying_reader(archive)
     if verify:
         archive.check_layout()
         for record in archive.records:
             if record not in keys:
                 archive.verify_record(record)
-    archive.announce(keys)
     device = torch.device(map_location)
     loaded: dict[str, torch.UntypedStorage] = {}
 
-    def load(record: str, key: str) -> None:
-        storage = read(record, verify, holds(record))
-        loaded[key] = storage if device.type == "cpu" else _moved(storage, device)
+    def done(record: str, storage: torch.UntypedStorage) -> None:
+        loaded[keys[record]] = storage if device.type == "cpu" else _moved(storage, device)
 
-    in_parallel([partial(load, record, key) for record, key in keys.items()])
+    mapped = archive.source.map() if mmap else None
+    if mapped is not None:
+        in_parallel([partial(_map, archive, mapped, record, done, verify, holds(record)) for record in keys])
+    else:
+        storages = {record: new_storage(archive.records[record].size) for record in keys}
+        archive.read_records(
+            keys,
+            lambda record: memory_of(storages[record]),
+            lambda record: done(record, storages.pop(record)),
+            verify=verify,
+            holds=holds,
+        )
     return unpickle(data, _TensorBuilder(loaded), name)
 
 
@@ -319,33 +327,22 @@ def _culprit(value: Any, refs: Mapping[int, TensorRef], path: Path = ()) -> tupl
     return path, value
 
 
-def _copying_reader(archive: Archive) -> _Reader:
-    def read(name: str, verify: bool, holds: str) -> torch.UntypedStorage:  # noqa: FBT001
-        storage = new_storage(archive.records[name].size)
-        archive.fill(name, memory_of(storage), verify=verify, holds=holds)
-        return storage
-
-    return read
-
-
-def _mapped_reader(archive: Archive) -> _Reader:
-    mapped = archive.source.map()
-    if mapped is None:
-        return _copying_reader(archive)
-
-    def read(name: str, verify: bool, holds: str) -> torch.UntypedStorage:  # noqa: FBT001
-        start, size = archive.data_offset(name), archive.records[name].size
-        if verify:
-            archive.check(name, mapped[start : start + size], holds)
-        if not size:
-            return new_storage(0)
-        return torch.frombuffer(mapped, dtype=torch.uint8, offset=start, count=size).untyped_storage()
-
-    return read
+def _map(
+    archive: Archive,
+    mapped: memoryview,
+    name: str,
+    done: Callable[[str, torch.UntypedStorage], None],
+    verify: bool,  # noqa: FBT001
+    holds: str,
+) -> None:
+    start, size = archive.data_offset(name), archive.records[name].size
+    if verify:
+        archive.check(name, mapped[start : start + size], holds)
+    if size:
+        done(name, torch.frombuffer(mapped, dtype=torch.uint8, offset=start, count=size).untyped_storage())
+    else:
+        done(name, new_storage(0))
 
 
 def _moved(storage: torch.UntypedStorage, device: torch.device) -> torch.UntypedStorage:
     return torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage).to(device).untyped_storage()
-
-
-_Reader = Callable[[str, bool, str], torch.UntypedStorage]

@@ -18,6 +18,7 @@ __all__ = [
     "Blob",
     "Entry",
     "Lease",
+    "Readable",
     "Stat",
     "Storage",
     "numbered",
@@ -56,8 +57,8 @@ class Entry(Protocol):
         """Its size and time. Raises FileNotFoundError if it is gone."""
 
 
-class Blob(Protocol):
-    """An open file; a context manager that closes it."""
+class Readable(Protocol):
+    """Bytes of a file."""
 
     @property
     def name(self) -> str: ...  # noqa: D102
@@ -67,8 +68,18 @@ class Blob(Protocol):
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` from `offset`."""
 
+
+class Blob(Readable, Protocol):
+    """An open file; a context manager that closes it."""
+
     def announce(self, stretches: Iterable[tuple[int, int]]) -> None:
         """Say which (start, end) will be read next, each once: a server is asked for them ahead."""
+
+    def read_in_parallel(self, stretches: Sequence[tuple[int, int]], read: Callable[[Readable, int], object]) -> None:
+        """Call `read(stretch, number)` for each (start, end), several at a time, and raise what the first one raises.
+
+        `stretch` gives the file's bytes from start to end, to be read once, from front to back.
+        """
 
     def map(self) -> memoryview | None:
         """The bytes mapped into memory, private to this process; None where that can't be done."""

@@ -6,7 +6,18 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import NamedTuple, Protocol
 
-__all__ = ["ABSENT", "ANY", "WRITE_ID", "Bucket", "Bytes", "ConditionFailedError", "Found", "Upload"]
+__all__ = [
+    "ABSENT",
+    "ANY",
+    "WRITE_ID",
+    "Arriving",
+    "Bucket",
+    "Bytes",
+    "ConditionFailedError",
+    "Found",
+    "Receiving",
+    "Upload",
+]
 
 ANY = None
 """The condition that always holds."""
@@ -59,6 +70,26 @@ class Upload(Protocol):
         """Forget it, for good."""
 
 
+class Arriving(Protocol):
+    """Bytes of an object on their way, for one thread."""
+
+    def read_into(self, offset: int, buffer: memoryview) -> bool:
+        """Fill `buffer` from `offset`, before which nothing will be asked for any more; False if that fails."""
+
+    def close(self) -> None:
+        """Want no more of them."""
+
+
+class Receiving(Protocol):
+    """Connections over which bytes of one object arrive in the memory that they are for."""
+
+    def begin(self, start: int, size: int) -> Arriving | None:
+        """Ask for so many bytes; None where `Bucket.read` has to do."""
+
+    def close(self) -> None:
+        """End them."""
+
+
 class Bucket(Protocol):
     """Objects of one service. Each call is one request, or one for each page; the library underneath retries.
 
@@ -85,6 +116,9 @@ class Bucket(Protocol):
 
     async def read(self, key: str, start: int, size: int, tag: str) -> Bytes:
         """Bytes of an object. Raises FileNotFoundError if it is gone, or no longer the one with this tag."""
+
+    def receiving(self, key: str, tag: str) -> Receiving | None:
+        """For reading much of an object with this tag; None where `read` does it all."""
 
     async def put(self, key: str, content: bytes, write_id: str, condition: str | None) -> None:
         """Write an object by one request. Raises ConditionFailedError."""

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from datetime import datetime, timezone
+from functools import partial
 from types import TracebackType
 
 from seedvc_ckpt.errors import (
@@ -20,9 +21,10 @@ from seedvc_ckpt.errors import (
     SaveFailedError,
     StorageError,
 )
-from seedvc_ckpt.storage import Lease, Stat, numbered
+from seedvc_ckpt.storage import Lease, Readable, Stat, numbered
 from seedvc_ckpt.storage.condition import Finding, examine_folder
 from seedvc_ckpt.storage.leftovers import Leftover, find_leftovers, remove_leftover, temporary_name
+from seedvc_ckpt.threads import in_parallel
 
 if sys.platform != "win32":
     import fcntl
@@ -312,6 +314,9 @@ class _LocalBlob:
 
     def announce(self, stretches: Iterable[tuple[int, int]]) -> None:
         """Nothing to do: the kernel reads ahead."""
+
+    def read_in_parallel(self, stretches: Sequence[tuple[int, int]], read: Callable[[Readable, int], object]) -> None:
+        in_parallel([partial(read, self, number) for number in range(len(stretches))])
 
     def map(self) -> memoryview | None:
         try:

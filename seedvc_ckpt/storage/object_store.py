@@ -81,7 +81,9 @@ class ObjectStorage:
         def fetch(offset: int, size: int) -> Future[Bytes]:
             return self._client.start(self._bucket.read(found.key, offset, size, found.tag))
 
-        return RemoteBlob(self._url(name), found.size, fetch, self._client.wait, self._words)
+        receiving = self._bucket.receiving(found.key, found.tag)
+        further = (receiving.close, receiving.begin) if receiving is not None else ()
+        return RemoteBlob(self._url(name), found.size, fetch, self._client.wait, self._words, *further)
 
     def lease(self) -> Lease:
         """Take the right to write; what the store can promise is found out first, once."""

@@ -8,10 +8,14 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
+from contextlib import closing
+from functools import partial
 from types import TracebackType
 
 from seedvc_ckpt.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError, StorageError
-from seedvc_ckpt.storage.bucket import Bytes
+from seedvc_ckpt.storage import Readable
+from seedvc_ckpt.storage.bucket import Arriving, Bytes
+from seedvc_ckpt.threads import in_parallel
 
 __all__ = ["RemoteBlob"]
 
@@ -20,6 +24,7 @@ _WINDOW = 96 << 20  # bytes that wait to be read
 _GAP = 64 << 10  # bytes between two stretches that cost less than another request
 _TAIL = 256 << 10  # bytes; directory, manifest and pickle of most checkpoints in one request
 _CRUMBS = 64 << 10  # bytes of a block that nobody may want: padding, and records that were read before
+_READERS = 6  # threads, each with a block or a connection; they wait for the network most of the time
 _LARGE = 64 << 10  # bytes whose copying takes longer than the calls around it
 
 
@@ -33,6 +38,7 @@ class RemoteBlob:
         wait: Gives what that has read, or raises.
         explain: Puts an exception of a fetch in words.
         close: Called when the file is left.
+        receive: Begins to receive (offset, size) straight into the reader's memory; None where only `fetch` can.
     """
 
     def __init__(
@@ -43,6 +49,7 @@ class RemoteBlob:
         wait: Callable[[Future[Bytes]], Bytes],
         explain: Callable[[Exception], str],
         close: Callable[[], object] = lambda: None,
+        receive: Callable[[int, int], Arriving | None] = lambda *_: None,
     ) -> None:
         self.name = name
         self.size = size
@@ -50,6 +57,7 @@ class RemoteBlob:
         self._wait = wait
         self._explain = explain
         self._close = close
+        self._receive = receive
         self._tail: Bytes | None = None
         self._blocks: Sequence[_Block] = ()
         self._starts: Sequence[int] = ()
@@ -79,6 +87,15 @@ class RemoteBlob:
                 buffer[:size] = self._unannounced(offset, size)
             offset, buffer = offset + size, buffer[size:]
 
+    def read_in_parallel(self, stretches: Sequence[tuple[int, int]], read: Callable[[Readable, int], object]) -> None:
+        """Each stretch over a connection or in blocks of its own."""
+
+        def read_one(number: int) -> None:
+            with closing(_Stretch(self, *stretches[number])) as stretch:
+                read(stretch, number)
+
+        in_parallel([partial(read_one, number) for number in range(len(stretches))], _READERS)
+
     def map(self) -> memoryview | None:
         """None: it is not on this machine."""
         return None
@@ -106,7 +123,7 @@ class RemoteBlob:
     def _unannounced(self, offset: int, size: int) -> memoryview:
         tail = max(0, self.size - _TAIL)
         if offset < tail:
-            return memoryview(self._got(self._fetch(offset, size), offset, size))
+            return memoryview(self._fetched(offset, size))
         with self._guard:
             pending = self._tail is None and self._fetch(tail, self.size - tail)
             if pending:
@@ -165,6 +182,9 @@ class RemoteBlob:
                     self._free(block)
             self._blocks = self._starts = ()
 
+    def _fetched(self, offset: int, size: int) -> Bytes:
+        return self._got(self._fetch(offset, size), offset, size)
+
     def _got(self, future: Future[Bytes], offset: int, size: int) -> Bytes:
         try:
             found = self._wait(future)
@@ -180,6 +200,43 @@ class RemoteBlob:
 
     def _ended(self, at: int) -> CorruptCheckpointError:
         return CorruptCheckpointError(self.name, "", f"ends at byte {at:,}, where more should follow")
+
+
+class _Stretch:
+    """A stretch of a file for one thread: received into its memory, or fetched in blocks."""
+
+    def __init__(self, blob: RemoteBlob, start: int, end: int) -> None:
+        self.name = blob.name
+        self.size = blob.size
+        self._blob = blob
+        self._start = start
+        self._end = end
+        self._arriving = blob._receive(start, end - start)  # noqa: SLF001
+        self._block: Bytes = b""
+        self._block_start = start
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        if self._arriving is not None:
+            if self._arriving.read_into(offset, buffer):
+                return
+            self.close()
+        while buffer:
+            if not self._block_start <= offset < self._block_start + len(self._block):
+                if not self._start <= offset < self._end:
+                    self._blob.read_into(offset, buffer)
+                    return
+                size = min(_BLOCK, self._end - offset)
+                self._block = b""  # two at a time would be twice the memory
+                self._block, self._block_start = self._blob._fetched(offset, size), offset  # noqa: SLF001
+            at = offset - self._block_start
+            size = min(len(buffer), len(self._block) - at)
+            _copy(self._block, at, buffer[:size])
+            offset, buffer = offset + size, buffer[size:]
+
+    def close(self) -> None:
+        if self._arriving is not None:
+            self._arriving.close()
+            self._arriving = None
 
 
 class _Block:

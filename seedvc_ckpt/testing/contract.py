@@ -20,7 +20,7 @@ from functools import partial
 from typing import Any
 
 from seedvc_ckpt.errors import CheckpointNotFoundError, CorruptCheckpointError, SaveFailedError, StorageError
-from seedvc_ckpt.storage import Stat, Storage, read_file
+from seedvc_ckpt.storage import Readable, Stat, Storage, read_file
 
 __all__ = ["StorageContract"]
 
@@ -208,6 +208,34 @@ class StorageContract:
             blob.announce([(0, _LARGE)])
             assert b"".join(_read(blob, at, min(at + 777_777, _LARGE)) for at in range(0, _LARGE, 777_777)) == content
             assert isinstance(_raised(lambda: _read(blob, _LARGE - 5, _LARGE + 5)), CorruptCheckpointError)
+
+    def test_stretches_are_read_in_parallel(self, open_place: _Open) -> None:
+        """Each from front to back, bytes in between left out; the first failure is raised."""
+        storage, content = open_place(), _content(_LARGE)
+        _publish(storage, "a", content)
+        step, found = 3 << 20, {}
+        stretches = [(start, min(start + step, _LARGE)) for start in range(5, _LARGE, step)]
+
+        def read(stretch: Readable, number: int) -> None:
+            start, end = stretches[number]
+            middle = start + (end - start) // 2
+            found[number] = _read(stretch, start, middle), _read(stretch, middle + 1000, end)
+
+        def fail(stretch: Readable, number: int) -> None:
+            read(stretch, number)
+            if number % 2:
+                raise ValueError(number)
+
+        with storage.open("a") as blob:
+            for _ in range(2):
+                found.clear()
+                blob.read_in_parallel(stretches, read)
+                for number, (start, end) in enumerate(stretches):
+                    middle = start + (end - start) // 2
+                    assert found[number] == (content[start:middle], content[middle + 1000 : end])
+            error = _raised(lambda: blob.read_in_parallel(stretches, fail))
+            assert isinstance(error, ValueError)
+            assert error.args == (1,)
 
     def test_what_is_set_aside_is_kept(self, open_place: _Open) -> None:
         """It lies in aside/ with the reason, under a number where the name is taken there."""

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Literal, TypeVar
 
 from seedvc_ckpt.errors import SaveFailedError, StorageError
-from seedvc_ckpt.storage import Blob, Entry, Lease, Stat, Storage
+from seedvc_ckpt.storage import Blob, Entry, Lease, Readable, Stat, Storage
 from seedvc_ckpt.storage.condition import Finding
 from seedvc_ckpt.storage.leftovers import Leftover
 
@@ -188,19 +188,31 @@ class _Entry:
         return self._storage._call("stat", self.name, self._entry.stat)  # noqa: SLF001
 
 
-class _Blob:
-    def __init__(self, storage: FaultyStorage, name: str, blob: Blob) -> None:
+class _Readable:
+    def __init__(self, storage: FaultyStorage, name: str, readable: Readable) -> None:
         self._storage = storage
         self._file = name
-        self._blob = blob
-        self.name = blob.name
-        self.size = blob.size
+        self._readable = readable
+        self.name = readable.name
+        self.size = readable.size
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
-        self._storage._call("read", self._file, lambda: self._blob.read_into(offset, buffer))  # noqa: SLF001
+        self._storage._call("read", self._file, lambda: self._readable.read_into(offset, buffer))  # noqa: SLF001
+
+
+class _Blob(_Readable):
+    def __init__(self, storage: FaultyStorage, name: str, blob: Blob) -> None:
+        super().__init__(storage, name, blob)
+        self._blob = blob
 
     def announce(self, stretches: Iterable[tuple[int, int]]) -> None:
         self._blob.announce(stretches)
+
+    def read_in_parallel(self, stretches: Sequence[tuple[int, int]], read: Callable[[Readable, int], object]) -> None:
+        def read_one(stretch: Readable, number: int) -> None:
+            read(_Readable(self._storage, self._file, stretch), number)
+
+        self._blob.read_in_parallel(stretches, read_one)
 
     def map(self) -> memoryview | None:
         return self._storage._call("map", self._file, self._blob.map)  # noqa: SLF001

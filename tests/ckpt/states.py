@@ -41,6 +41,11 @@ class Memory:
     def announce(self, stretches):
         """All is at hand."""
 
+    def read_in_parallel(self, stretches, read):
+        """One after the other."""
+        for number in range(len(stretches)):
+            read(self, number)
+
     def map(self):
         """There is nothing to map."""
 

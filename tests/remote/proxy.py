@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import random
 import socket
+import ssl
 import threading
 import time
 from contextlib import suppress
 
-__all__ = ["FAULTS", "HTTP_FAULTS", "Proxy"]
+__all__ = ["FAULTS", "HTTP_FAULTS", "Proxy", "Tls"]
 
 FAULTS = ("cut request", "cut answer", "delay", "half-open")
 """What can happen to any connection: bytes of one direction end at the k-th, wait, or stop without an end."""
@@ -164,3 +165,47 @@ class Proxy:
                     return "", 0
             self._fault, self.happened = "", fault
             return fault, len(chunk) // 2 if fault == "truncated" else self._after
+
+
+class Tls:
+    """Listens on a free port of loopback for TLS, and passes on what it carries to `port`."""
+
+    def __init__(self, port: int, key, certificate) -> None:
+        self._target = port
+        self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self._context.load_cert_chain(certificate, key)
+        self._listener = socket.create_server(("127.0.0.1", 0))
+
+    def __enter__(self) -> int:
+        threading.Thread(target=self._accept, daemon=True).start()
+        return self._listener.getsockname()[1]
+
+    def __exit__(self, *_: object) -> None:
+        with suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+    def _accept(self):
+        with suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                threading.Thread(target=self._serve, args=(client,), daemon=True).start()
+
+    def _serve(self, client):
+        with (
+            suppress(OSError),
+            self._context.wrap_socket(client, server_side=True) as inside,
+            socket.create_connection(("127.0.0.1", self._target)) as server,
+        ):
+            back = threading.Thread(target=_pass_on, args=(server, inside), daemon=True)
+            back.start()
+            _pass_on(inside, server)
+            back.join()
+
+
+def _pass_on(source, target):
+    with suppress(OSError):
+        while data := source.recv(1 << 20):
+            target.sendall(data)
+    with suppress(OSError):
+        target.shutdown(socket.SHUT_WR)

@@ -62,6 +62,9 @@ class GenericBucket:
         content: bytes = await self._ask("cat_file", self._path(key), start=start, end=start + size)
         return content
 
+    def receiving(self, key: str, tag: str) -> None:
+        """Its library hands over what it received."""
+
     async def put(self, key: str, content: bytes, write_id: str, condition: str | None) -> None:  # noqa: ARG002
         """``pipe_file``."""
         mode = {"mode": "create"} if condition == ABSENT else {}

@@ -8,6 +8,7 @@ from io import BytesIO
 from typing import Any
 
 from seedvc_ckpt.storage.bucket import ABSENT, WRITE_ID, Bytes, ConditionFailedError, Found, Upload
+from seedvc_ckpt.storage.buckets.receiving import Receiver
 from seedvc_ckpt.storage.buckets.s3_transfers import Transfers
 from seedvc_ckpt.storage.remote import Client, failure_of
 
@@ -64,6 +65,10 @@ class S3Bucket:
                 if attempt == _READ_ATTEMPTS - 1 or not _broke_off(error):
                     raise
         raise AssertionError("unreachable: the last attempt returns or raises")
+
+    def receiving(self, key: str, tag: str) -> Receiver:
+        """By a URL that s3fs signs."""
+        return self._transfers.receiver(key, tag)
 
     async def put(self, key: str, content: bytes, write_id: str, condition: str | None) -> None:
         """PutObject."""

@@ -1,17 +1,25 @@
-"""Large requests to S3: s3fs says how and signs them, and obstore, which is compiled, makes them."""
+"""Large requests to S3: s3fs says how and signs them, others make them.
+
+Ranges that are read into memory of the reader's own go over connections of the standard library; other ranges, and the
+parts of uploads, through obstore, which is compiled.
+"""
 
 from __future__ import annotations
 
 import base64
 import logging
 import os
+import ssl
 import time
 import zlib
 from collections.abc import Mapping
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
+from seedvc_ckpt.storage.buckets.receiving import Receiver, Target
 from seedvc_ckpt.storage.remote import Client, in_words
 
 __all__ = ["Transfers"]
@@ -21,6 +29,7 @@ _log = logging.getLogger(__name__)
 _LEAST = 1 << 20  # bytes; with fewer, the request takes longer than the bytes
 _EXPIRES = 900  # seconds
 _SIGNED_ANEW = 300  # seconds; botocore renews credentials that would expire within ten minutes
+_AUTHORITIES = "AWS_CA_BUNDLE"  # the variable with which botocore trusts others than the usual ones
 _FAILURES = 3  # one after the other; then s3fs does it all for a while
 _WHILE = 300  # seconds
 _CLIENT_OPTIONS = {
@@ -49,6 +58,12 @@ class Transfers:
         self._not_before = 0.0
         self._last_read: tuple[str, float, Any] = ("", 0.0, None)
 
+    def receiver(self, key: str, tag: str) -> Receiver:
+        """For ranges of an object that are received into the reader's memory."""
+        return Receiver(
+            lambda: self._client.run(self._target(key)), tag, _SIGNED_ANEW, lambda error: self._came(key, error)
+        )
+
     async def read(self, key: str, start: int, size: int, tag: str) -> memoryview | None:
         """Bytes of an object, if it still has this tag."""
         if not self._worth_it(size):
@@ -73,7 +88,7 @@ class Transfers:
             return None
         try:
             s3 = await self._signing_client()
-            if s3 is None or s3.meta.config.request_checksum_calculation != "when_supported":
+            if s3 is None or _private(s3) or s3.meta.config.request_checksum_calculation != "when_supported":
                 return None
             import obstore
 
@@ -89,14 +104,37 @@ class Transfers:
         return answer["e_tag"]
 
     def _worth_it(self, size: int) -> bool:
-        ready = time.monotonic() >= self._not_before and _runs_in in (0, os.getpid())
-        return size >= _LEAST and ready and _installed()
+        return size >= _LEAST and self._trusted() and _runs_in in (0, os.getpid()) and _installed()
+
+    def _trusted(self) -> bool:
+        return time.monotonic() >= self._not_before
+
+    async def _target(self, key: str) -> Target | None:
+        s3 = await self._signing_client()
+        if s3 is None or not self._trusted():
+            return None
+        url = await self._sign(s3, "GET", "get_object", {"Key": key})
+        scheme, config = url.partition("://")[0], s3.meta.config
+        if {scheme, "all"} & {*getproxies()} and not proxy_bypass(urlsplit(url).netloc):
+            return None
+        trusted = _context(os.environ.get(_AUTHORITIES, "")) if scheme == "https" else None
+        return Target(url, config.connect_timeout, config.read_timeout, trusted)
+
+    def _came(self, key: str, error: Exception | None) -> None:
+        if error is None:
+            self._failures = 0
+        else:
+            self._failed("read", key, error)
 
     async def _store_of(self, key: str) -> Any:
         last, signed, store = self._last_read
         if last != key or time.monotonic() - signed > _SIGNED_ANEW:
             s3 = await self._signing_client()
-            store = s3 and _store(s3, await self._sign(s3, "GET", "get_object", {"Key": key}))
+            store = (
+                None
+                if s3 is None or _private(s3)
+                else _store(s3, await self._sign(s3, "GET", "get_object", {"Key": key}))
+            )
             self._last_read = (key, time.monotonic(), store)
         return store
 
@@ -104,13 +142,12 @@ class Transfers:
         """The client below s3fs; None where its options ask for more than a URL says."""
         fs = self._client.fs
         s3 = await fs.get_s3(self._bucket)
-        private_authority = bool(os.environ.get("AWS_CA_BUNDLE")) and s3.meta.endpoint_url.startswith("https")
         plain = (
             s3.meta.config.signature_version == "s3v4"
             and {*fs.client_kwargs} <= _CLIENT_OPTIONS
             and {*fs.config_kwargs} <= _CONFIG_OPTIONS
             and {*fs.s3_additional_kwargs} <= {"Metadata"}
-            and not (fs.req_kw or fs.kwargs or private_authority)
+            and not (fs.req_kw or fs.kwargs)
         )
         return s3 if plain else None
 
@@ -139,12 +176,25 @@ class Transfers:
         self._failures += 1
         if self._failures >= _FAILURES:
             self._failures, self._not_before = 0, time.monotonic() + _WHILE
-        _log.info("obstore could not %s %s, so s3fs does: %s", what, key, in_words(error, self._client.redact))
+        _log.info("can't %s %s by a signed URL, so s3fs does: %s", what, key, in_words(error, self._client.redact))
+
+
+def _private(s3: Any) -> bool:
+    """Whether obstore would not know who vouches for the server."""
+    return bool(os.environ.get(_AUTHORITIES)) and s3.meta.endpoint_url.startswith("https")
 
 
 def _crc32(content: bytes) -> str:
     """As the service writes it."""
     return base64.b64encode(zlib.crc32(content).to_bytes(4, "big")).decode()
+
+
+@cache
+def _context(authorities: str) -> ssl.SSLContext:
+    """Trusts whom botocore trusts."""
+    from botocore.httpsession import get_cert_path
+
+    return ssl.create_default_context(cafile=authorities or get_cert_path(verify=True))
 
 
 @cache
