@@ -60,6 +60,7 @@ class Server(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    asked = False
 
     def log_message(self, *_):
         """Say nothing."""
@@ -68,6 +69,10 @@ class _Handler(BaseHTTPRequestHandler):
         first, last = map(int, self.headers["Range"].removeprefix("bytes=").split("-"))
         self.server.requests.append((first, last + 1))
         behaviour = self.server.behaviour
+        if behaviour == "forgets" and self.asked:
+            self.close_connection = True
+            return
+        self.asked = True
         body = CONTENT[first : last + 1]
         status = {"refuses": 403, "another": 412, "whole": 200, "fails": 500}.get(behaviour, 206)
         self.send_response(status)
@@ -75,7 +80,7 @@ class _Handler(BaseHTTPRequestHandler):
             first += 1
         self.send_header("Content-Range", f"bytes {first}-{last}/{len(CONTENT)}")
         self.send_header("Content-Length", str(len(body) + (behaviour == "longer")))
-        if behaviour == "says goodbye":
+        if behaviour in ("says goodbye", "trickles"):
             self.send_header("Connection", "close")
         self.end_headers()
         if behaviour == "cut":
@@ -125,14 +130,14 @@ def test_a_connection_is_used_again_once_all_is_read():
             assert server.connections == connections
 
 
-@pytest.mark.parametrize("behaviour", ["closes", "says goodbye"])
+@pytest.mark.parametrize("behaviour", ["closes", "says goodbye", "forgets"])
 def test_a_connection_that_the_server_ended_is_no_failure(behaviour):
     outcomes = []
     with Server(behaviour) as server, closing(receiver(server, outcomes=outcomes)) as source:
         for _ in range(3):
             with closing(source.begin(0, 1000)) as arriving:
                 assert taken(arriving, 0, 1000) == CONTENT[:1000]
-            time.sleep(0.05)
+            assert len(source._idle) == (behaviour != "says goodbye")
         assert server.connections == 3
     assert not any(outcomes)
 

@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from contextlib import suppress
+from contextlib import closing, suppress
 
 import pytest
 import torch
@@ -192,11 +192,24 @@ def test_after_failures_it_is_left_alone_for_a_while(weed, monkeypatch):
     def read(tag):
         return asyncio.run_coroutine_threadsafe(transfers.read(key, 0, 1 << 20, tag), storage._client.fs.loop).result()
 
+    def received(tag):
+        with closing(transfers.receiver(key, tag)) as receiver:
+            arriving = receiver.begin(0, 1 << 20)
+            if arriving is None:
+                return None
+            with closing(arriving):
+                buffer = bytearray(1 << 20)
+                return arriving.read_into(0, memoryview(buffer)) or None
+
     for tags, last in (([tag, '"x"', '"x"', tag, '"x"', '"x"', tag], True), ([*['"x"'] * 3, tag], False)):
         found = [read(one) is not None for one in tags]
         assert found[-1] == last
+    assert received(tag) is None
     monkeypatch.setattr(transfers, "_not_before", 0.0)
     assert read(tag) is not None
+    assert [received(one) is not None for one in (tag, *['"x"'] * 2, tag, *['"x"'] * 2, tag)][-1]
+    assert [received(one) is not None for one in (*['"x"'] * 3, tag)] == [False] * 4
+    assert read(tag) is None
 
 
 @pytest.mark.parametrize("way", ["announced", "in parallel"])

@@ -7,7 +7,6 @@ receiving it.
 from __future__ import annotations
 
 import os
-import select
 import socket
 import ssl
 import threading
@@ -91,7 +90,7 @@ class Receiver:
             self._target, self._found = self._find(), time.monotonic()
         return self._target
 
-    def _ask(self, target: Target, start: int, size: int) -> tuple[HTTPConnection, HTTPResponse]:
+    def _ask(self, target: Target, start: int, size: int) -> tuple[HTTPConnection, socket.socket, HTTPResponse]:
         parts = urlsplit(target.url)
         path = f"{parts.path}?{parts.query}" if parts.query else parts.path
         headers = {"Range": f"bytes={start}-{start + size - 1}", "If-Match": self._tag}
@@ -100,6 +99,7 @@ class Receiver:
             connection = kept or _connected(target, parts.scheme, parts.hostname or "", parts.port)
             try:
                 connection.request("GET", path, headers=headers)
+                connected = connection.sock  # which is forgotten at an answer after which the server will close it
                 response = connection.getresponse()
             except BaseException as error:
                 connection.close()
@@ -107,7 +107,7 @@ class Receiver:
                     raise
                 continue
             if response.status == _PARTIAL_CONTENT and response.length == size and _begins(response, start):
-                return connection, response
+                return connection, connected, response
             connection.close()
             raise OSError(f"the server answered {response.status} {response.reason} to the request for a range")
 
@@ -115,11 +115,7 @@ class Receiver:
         if self._process != os.getpid():  # after a fork, the parent goes on to use them
             self._process, self._idle = os.getpid(), []
         with suppress(IndexError):
-            while True:
-                connection = self._idle.pop()
-                if connection.sock is not None and not select.select([connection.sock], (), (), 0)[0]:
-                    return connection
-                connection.close()  # the server did
+            return self._idle.pop()
         return None
 
 
@@ -127,14 +123,20 @@ class _Arriving:
     """A range on its way."""
 
     def __init__(
-        self, receiver: Receiver, connection: HTTPConnection, response: HTTPResponse, start: int, size: int
+        self,
+        receiver: Receiver,
+        connection: HTTPConnection,
+        connected: socket.socket,
+        response: HTTPResponse,
+        start: int,
+        size: int,
     ) -> None:
         self._receiver = receiver
         self._connection = connection
         self._response = response
         self._at = start
         self._end = start + size
-        self._late = threading.Timer(DEADLINE, _break, [connection.sock])
+        self._late = threading.Timer(DEADLINE, _break, [connected])
         self._late.daemon = True
         with suppress(RuntimeError):  # no more threads may be started
             self._late.start()
