@@ -165,7 +165,12 @@ def decode(
 
     mapped = archive.source.map() if mmap else None
     if mapped is not None:
-        in_parallel([partial(_map, archive, mapped, record, done, verify, holds(record)) for record in keys])
+        part = partial(_part, archive, mapped, verify=verify, holds=holds)
+
+        def load(record: str) -> None:
+            done(record, part(record))
+
+        in_parallel([partial(load, record) for record in keys])
     else:
         storages = {record: new_storage(archive.records[record].size) for record in keys}
         archive.read_records(
@@ -327,21 +332,16 @@ def _culprit(value: Any, refs: Mapping[int, TensorRef], path: Path = ()) -> tupl
     return path, value
 
 
-def _map(
-    archive: Archive,
-    mapped: memoryview,
-    name: str,
-    done: Callable[[str, torch.UntypedStorage], None],
-    verify: bool,  # noqa: FBT001
-    holds: str,
-) -> None:
+def _part(
+    archive: Archive, mapped: memoryview, name: str, *, verify: bool, holds: Callable[[str], str]
+) -> torch.UntypedStorage:
+    """A record where it lies in the mapped file."""
     start, size = archive.data_offset(name), archive.records[name].size
     if verify:
-        archive.check(name, mapped[start : start + size], holds)
-    if size:
-        done(name, torch.frombuffer(mapped, dtype=torch.uint8, offset=start, count=size).untyped_storage())
-    else:
-        done(name, new_storage(0))
+        archive.check(name, mapped[start : start + size], holds(name))
+    if not size:
+        return new_storage(0)
+    return torch.frombuffer(mapped, dtype=torch.uint8, offset=start, count=size).untyped_storage()
 
 
 def _moved(storage: torch.UntypedStorage, device: torch.device) -> torch.UntypedStorage:

@@ -64,6 +64,7 @@ class Receiver:
         self.outcome = outcome
         self._target: Target | None = None
         self._found = float("-inf")
+        self._finding = threading.Lock()
         self._idle: list[HTTPConnection] = []
         self._process = os.getpid()
 
@@ -86,9 +87,10 @@ class Receiver:
             connection.close()
 
     def _current(self) -> Target | None:
-        if time.monotonic() - self._found > self._renew:
-            self._target, self._found = self._find(), time.monotonic()
-        return self._target
+        with self._finding:
+            if time.monotonic() - self._found > self._renew:
+                self._target, self._found = self._find(), time.monotonic()
+            return self._target
 
     def _ask(self, target: Target, start: int, size: int) -> tuple[HTTPConnection, socket.socket, HTTPResponse]:
         parts = urlsplit(target.url)

@@ -130,11 +130,8 @@ class Transfers:
         last, signed, store = self._last_read
         if last != key or time.monotonic() - signed > _SIGNED_ANEW:
             s3 = await self._signing_client()
-            store = (
-                None
-                if s3 is None or _private(s3)
-                else _store(s3, await self._sign(s3, "GET", "get_object", {"Key": key}))
-            )
+            usable = s3 is not None and not _private(s3)
+            store = _store(s3, await self._sign(s3, "GET", "get_object", {"Key": key})) if usable else None
             self._last_read = (key, time.monotonic(), store)
         return store
 
