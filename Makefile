@@ -3,13 +3,20 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-full coverage lint clean
+.PHONY: demo test test-servers test-rest test-full coverage lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/seedvc-train --demo
 
+# Side by side: the servers' tests mostly wait, the others mostly compute.
 test: $(VENV)/installed
-	$(BIN)/pytest
+	$(MAKE) --jobs=2 --output-sync=line test-servers test-rest
+
+test-servers: $(VENV)/installed
+	$(BIN)/pytest tests/remote
+
+test-rest: $(VENV)/installed
+	$(BIN)/pytest --ignore=tests/remote
 
 test-full: $(VENV)/installed
 	$(BIN)/pytest --full --reliability
