@@ -30,7 +30,7 @@ class HubServer:
 
             def _answer(self, *, with_body: bool) -> None:
                 if hub.silent.is_set():
-                    hub.requests.append("unanswered")
+                    hub.requests.append(f"unanswered {self.command}")
                     hub.closing.wait(60)
                     return
                 name = self.path.lstrip("/").replace("/resolve/main/", "/").replace(f"/resolve/{COMMIT}/", "/")

@@ -122,7 +122,7 @@ def test_the_stored_embedding_is_reproduced(weights: Path) -> None:
 def test_the_stored_embedding_is_the_reference_networks(seedvc_wheel: Path, tmp_path: Path, weights: Path) -> None:
     """What tests without the wheel compare with was not made by ourselves."""
     found = reference(seedvc_wheel, weights, {"features": made_up_features()}, tmp_path)["features"]
-    np.testing.assert_allclose(np.load(GOLDEN), found, atol=1e-6)
+    np.testing.assert_allclose(np.load(GOLDEN), found, rtol=1e-5, atol=1e-5)  # processors differ by 5e-6
 
 
 def made_up_features(frames: int = 250) -> np.ndarray:
