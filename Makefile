@@ -10,7 +10,7 @@ demo: $(VENV)/installed
 
 # Side by side: the servers' tests mostly wait, the others mostly compute.
 test: $(VENV)/installed
-	$(MAKE) --jobs=2 --output-sync=line test-servers test-rest
+	$(MAKE) --jobs=2 test-servers test-rest
 
 test-servers: $(VENV)/installed
 	$(BIN)/pytest tests/remote
