@@ -60,7 +60,7 @@ class EventLog:
         if self._log is None:
             self._log = RunLog(self._store, NAME, _place)
         at = {} if step is None else {"step": step}
-        time = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+        time = datetime.now(timezone.utc).isoformat(timespec="microseconds")
         line = {"time": time, "event": event, **at, **values}
         self._log.write(**line)
         self._log.publish()

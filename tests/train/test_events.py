@@ -14,6 +14,7 @@ import runs
 import torch
 
 from seedvc_ckpt import AsyncSaver, CheckpointStore, LeaseHeldError, keep_last
+from seedvc_ckpt.storage import read_file
 from seedvc_train.corpus import write_demo_corpus
 from seedvc_train.events import EventLog
 from seedvc_train.loop import TrainingError
@@ -173,6 +174,22 @@ def test_secrets_stay_out(recordings: Path, tmp_path: Path, monkeypatch: pytest.
     assert [line["event"] for line in lines] == ["started", "saved", "ended"]
     assert lines[0]["options"]["max_steps"] == 1
     assert b"secret" not in content
+
+
+def test_events_of_one_moment_stay_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are joined by time, and a last save and the end that follows it are less than a millisecond apart."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    store = CheckpointStore("memory://moment/run")
+    store.acquire()
+    for _ in range(20):  # each opening joins what is here with what is there
+        with EventLog(store) as log:
+            for step in range(10):
+                log.write("saved", step)
+                log.write("ended", step)
+    found = [json.loads(line) for line in read_file(store.storage, "events.jsonl").splitlines()]
+    assert [(line["event"], line["step"]) for line in found] == [
+        (event, step) for _ in range(20) for step in range(10) for event in ("saved", "ended")
+    ]
 
 
 def test_the_server_gets_what_a_killed_trainer_had_not_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
