@@ -190,7 +190,7 @@ class Archive:
         """The records in the file's order, the large ones cut."""
         for name in sorted(names, key=lambda name: self.records[name].header_offset):
             record = self.records[name]
-            contents = record.header_offset + len(zb.local_header(record)) if self.ours else 0
+            contents = record.header_offset + zb.local_header_size(record.name, record.size, record.header_offset)
             # where the contents begin in a file of others, only the header says, which the first piece reads
             edges = [*range(0, record.size, _STRETCH), record.size] if self.ours and record.size else [0, record.size]
             for start, end in pairwise(edges):
