@@ -49,6 +49,7 @@ class Receiver:
         tag: The file's, which the server compares: else another one may have taken its place.
         renew: Seconds after which `target` is asked again.
         outcome: Told of each failure, and None for what went well.
+        least: Bytes of a range that is worth a connection.
     """
 
     def __init__(
@@ -57,11 +58,13 @@ class Receiver:
         tag: str,
         renew: float,
         outcome: Callable[[Exception | None], object],
+        least: int = 0,
     ) -> None:
         self._find = target
         self._tag = tag
         self._renew = renew
         self.outcome = outcome
+        self._least = least
         self._target: Target | None = None
         self._found = float("-inf")
         self._finding = threading.Lock()
@@ -69,7 +72,9 @@ class Receiver:
         self._process = os.getpid()
 
     def begin(self, start: int, size: int) -> _Arriving | None:
-        """Ask for a range; None if that failed."""
+        """Ask for a range; None if that failed, or is not worth it."""
+        if size < self._least:
+            return None
         try:
             target = self._current()
             return _Arriving(self, *self._ask(target, start, size), start, size) if target is not None else None

@@ -61,7 +61,7 @@ class Transfers:
     def receiver(self, key: str, tag: str) -> Receiver:
         """For ranges of an object that are received into the reader's memory."""
         return Receiver(
-            lambda: self._client.run(self._target(key)), tag, _SIGNED_ANEW, lambda error: self._came(key, error)
+            lambda: self._client.run(self._target(key)), tag, _SIGNED_ANEW, lambda error: self._came(key, error), _LEAST
         )
 
     async def read(self, key: str, start: int, size: int, tag: str) -> memoryview | None:
